@@ -1,0 +1,248 @@
+"""The whole typed config tree, its defaults, and how YAML and `key=value` overlay them. Frozen; a typo is an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+
+from megapsft.errors import Refused
+
+STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run lives. `dir` names it: the same command on the same `dir` continues it."""
+
+    __pydantic_config__ = STRICT
+    dir: str = "runs/default"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The Hugging Face checkpoint that training starts from, and how Megatron holds it."""
+
+    __pydantic_config__ = STRICT
+    path: str = ""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and activations; main parameters are fp32 always
+    make_vocab_size_divisible_by: PositiveInt = 128
+    moe_aux_loss_coeff: NonNegativeFloat = 0.0  # load balancing of MoE routers; depends on what shares a microbatch, so 0 by default
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    logprob_chunk_bytes: PositiveInt = 64 * 2**20  # fp32 logits held at once by the log-probability head, per rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnsConfig:
+    """Names of the columns in `data.path`."""
+
+    __pydantic_config__ = STRICT
+    prompt: str = "prompt"  # a string, or chat messages [{"role": ..., "content": ...}]
+    demonstration: str = "demonstration"  # a string
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    __pydantic_config__ = STRICT
+    path: str = ""  # .jsonl or .parquet
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    system_prompt: str | None = None  # put before prompts that have no system turn
+    max_length: PositiveInt = 2048  # tokens of prompt and demonstration together
+    overlong: Literal["drop", "truncate", "error"] = "drop"
+    packing: bool = True
+    pack_length: PositiveInt = 4096  # positions in one packed microbatch; never below the longest sample
+    micro_batch_size: PositiveInt = 1  # rows in one microbatch where packing is off
+    shuffle: bool = True
+    limit: PositiveInt | None = None  # only the first rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    __pydantic_config__ = STRICT
+    steps: PositiveInt = 100  # batches of the source, after the warm-up; a step has batch_size / minibatch_size updates
+    batch_size: PositiveInt = 256  # samples a step; the old policy is refreshed once a step
+    minibatch_size: PositiveInt | None = None  # samples an update; default: batch_size
+    sft_warmup_steps: NonNegativeInt = 0  # steps of plain SFT before the objective, with their own optimizer state
+    sft_warmup_lr: NonNegativeFloat = 2e-5  # constant
+    seed: int = 1234
+    max_skipped_updates: PositiveInt = 10  # updates skipped one after the other before the run stops
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW. The learning rate advances once a step, not once an update."""
+
+    __pydantic_config__ = STRICT
+    lr: NonNegativeFloat = 1e-6
+    min_lr: NonNegativeFloat = 0.0  # cosine and linear end here
+    lr_decay_style: Literal["constant", "cosine", "linear"] = "constant"
+    lr_warmup_steps: NonNegativeInt = 0
+    weight_decay: NonNegativeFloat = 0.1
+    adam_beta1: NonNegativeFloat = 0.9
+    adam_beta2: NonNegativeFloat = 0.999
+    adam_eps: PositiveFloat = 1e-8
+    clip_grad: PositiveFloat = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """The split, in Megatron's names. Data parallelism is what the world size leaves."""
+
+    __pydantic_config__ = STRICT
+    tensor_model_parallel_size: PositiveInt = 1
+    pipeline_model_parallel_size: PositiveInt = 1
+    virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    context_parallel_size: PositiveInt = 1
+    expert_model_parallel_size: PositiveInt = 1
+    expert_tensor_parallel_size: PositiveInt | None = None  # default: tensor_model_parallel_size
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = False  # ZeRO-1
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_modules: tuple[str, ...] = ("core_attn",)  # where selective
+    timeout_minutes: PositiveInt = 30  # of a collective
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    __pydantic_config__ = STRICT
+    interval: NonNegativeInt = 50  # steps; the last step is always saved; 0: only the last
+    keep_last: NonNegativeInt = 2
+    keep_best: bool = False  # also the one with the lowest `best_metric`, averaged since the checkpoint before
+    best_metric: str = "train/loss"
+    async_save: bool = True
+    load_optimizer: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    __pydantic_config__ = STRICT
+    tensorboard: bool = True
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
+    wandb_project: str = "megapsft"
+    progress: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run is. `objective` holds `name` and that objective's own options (`megapsft/objectives/<name>.py`)."""
+
+    __pydantic_config__ = STRICT
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: dict[str, Any] = field(default_factory=lambda: {"name": "psft"})
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, overlaid by the YAML file's parents (`base: other.yaml`), the file, and `key=value` overrides.
+
+    Raises:
+        Refused: unknown key (lists the known ones), value of another type, missing file, malformed YAML or override.
+    """
+    tree = read_yaml(Path(path)) if path is not None else {}
+    for override in overrides:
+        merge(tree, parse_override(override))
+    if isinstance(tree.setdefault("objective", {}), dict):
+        tree["objective"].setdefault("name", "psft")
+    return build(Config, tree)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The YAML mapping at `path` over that of its one parent, named by `base:` relative to the file."""
+    if not path.is_file():
+        raise Refused(str(path), "is not a file", "name a config such as configs/psft/tiny-qwen3-gsm8k.yaml")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise Refused(str(path), f"is not YAML ({' '.join(str(error).split())})", "mend the file") from None
+    if not isinstance(tree, dict):
+        raise Refused(str(path), f"holds a {type(tree).__name__}", "write a mapping such as `train: {steps: 100}`")
+    base = tree.pop("base", None)
+    return merge(read_yaml(path.parent / base), tree) if base else tree
+
+
+def merge(tree: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Overlay `over` on `tree` in place; mappings merge, all else is replaced. A new `objective.name` drops old options."""
+    for key, value in over.items():
+        old = tree.get(key)
+        if isinstance(old, dict) and isinstance(value, Mapping):
+            if key == "objective" and value.get("name", old.get("name")) != old.get("name"):
+                old.clear()
+            merge(old, value)
+        else:
+            tree[key] = merge({}, value) if isinstance(value, Mapping) else value
+    return tree
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`a.b=value` as {"a": {"b": value}}; the value is YAML, and numbers such as 1e-5 are numbers."""
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise Refused(repr(text), "is not an override", "write key=value, for example train.steps=200")
+    try:
+        tree: Any = yaml.safe_load(value) if value else ""
+    except yaml.YAMLError as error:
+        raise Refused(repr(text), f"has a value that is not YAML ({' '.join(str(error).split())})", "quote the value") from None
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    return tree
+
+
+def build(cls: type, tree: Mapping[str, Any], at: str = "") -> Any:
+    """An instance of the frozen dataclass `cls` from plain values, checked for unknown keys and types.
+
+    YAML 1.1 reads `1e-5` as a string, so strings that are numbers are taken where a number is asked for.
+    """
+    try:
+        return TypeAdapter(cls).validate_python(dict(tree))
+    except ValidationError as error:
+        problem = error.errors()[0]
+    loc = [str(part) for part in problem["loc"]]
+    key = ".".join(([at] if at else []) + loc)
+    if problem["type"] in ("unexpected_keyword_argument", "unexpected_property"):
+        known = known_keys(cls, loc[:-1])
+        close = difflib.get_close_matches(loc[-1], known, n=1)
+        remedy = (f"did you mean {close[0]!r}? " if close else "") + "known keys here: " + ", ".join(known)
+        raise Refused(key, "is not a config key", remedy)
+    raise Refused(f"{key}={problem['input']!r}", problem["msg"][0].lower() + problem["msg"][1:], "see `megapsft config` for the keys and their defaults")
+
+
+def known_keys(cls: Any, loc: Sequence[str]) -> list[str]:
+    """Field names of the dataclass found at `loc` under `cls`."""
+    for part in loc:
+        hints = {f.name: f.default_factory for f in dataclasses.fields(cls)}
+        cls = hints[part]
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The resolved config as plain values, for YAML and for comparison."""
+    return dataclasses.asdict(config)
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """`{"train.steps": 100, ...}`: every key with its value."""
+    flat: dict[str, Any] = {}
+
+    def walk(tree: Mapping[str, Any], prefix: str) -> None:
+        for key, value in tree.items():
+            if isinstance(value, dict) and value:
+                walk(value, f"{prefix}{key}.")
+            else:
+                flat[prefix + key] = value
+
+    walk(to_dict(config), "")
+    return flat

@@ -1,0 +1,45 @@
+"""Packaging. The core runs everything on a laptop without a GPU; what only some users need is an extra."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+core = [
+    "torch>=2.6",
+    # 0.16.1 is the last release for Python 3.11; 0.20 moves GPTModel to HybridModel. Never its extras: they pull CUDA-only packages.
+    "megatron-core>=0.16.1,<0.20",
+    "psutil",  # megatron's asynchronous checkpoint writer hangs without it
+    "einops",
+    "numpy",
+    "safetensors>=0.5",
+    "transformers>=5.0,<6",
+    "tokenizers",
+    "jinja2",
+    "pydantic>=2.7",
+    "pyyaml",
+    "tyro>=1.0",
+    "rich>=13",
+]
+extras = {
+    "data": ["pyarrow"],
+    "track": ["tensorboard", "wandb"],
+    "report": ["matplotlib"],
+    "gpu": ["transformer-engine[pytorch]"],
+    "bench": ["accelerate"],
+    "dev": ["ruff", "pytest", "pytest-timeout"],
+}
+extras["laptop"] = sorted({p for name in ("data", "track", "report", "bench", "dev") for p in extras[name]})
+
+setup(
+    name="megapsft",
+    version="0.1.0",
+    description="Post-training on Megatron-Core: PSFT and its kin, proved on a laptop, run on a cluster",
+    long_description=Path(__file__).with_name("README.md").read_text() if Path(__file__).with_name("README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megapsft", "megapsft.*"]),
+    install_requires=core,
+    extras_require=extras,
+    entry_points={"console_scripts": ["megapsft = megapsft.cli:main"]},
+)
