@@ -33,7 +33,7 @@ class ModelConfig:
     path: str = ""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and activations; main parameters are fp32 always
     make_vocab_size_divisible_by: PositiveInt = 128
-    moe_aux_loss_coeff: NonNegativeFloat = 0.0  # load balancing of MoE routers; depends on what shares a microbatch, so 0 by default
+    moe_aux_loss_coeff: NonNegativeFloat = 0.0  # routers' load balancing; depends on what shares a microbatch
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     logprob_chunk_bytes: PositiveInt = 64 * 2**20  # fp32 logits held at once by the log-probability head, per rank
 
@@ -101,10 +101,12 @@ class ParallelConfig:
     context_parallel_size: PositiveInt = 1
     expert_model_parallel_size: PositiveInt = 1
     expert_tensor_parallel_size: PositiveInt | None = None  # default: tensor_model_parallel_size
-    sequence_parallel: bool = False
+    sequence_parallel: bool | None = None  # default: on where Megatron needs it (MoE with tensor parallelism)
     use_distributed_optimizer: bool = False  # ZeRO-1
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    overlap_p2p_comm: bool | None = None  # default: on with virtual pipeline stages, which need it
+    batch_p2p_comm: bool | None = None  # default: the opposite of overlap_p2p_comm
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_modules: tuple[str, ...] = ("core_attn",)  # where selective
     timeout_minutes: PositiveInt = 30  # of a collective
@@ -217,7 +219,8 @@ def build(cls: type, tree: Mapping[str, Any], at: str = "") -> Any:
         close = difflib.get_close_matches(loc[-1], known, n=1)
         remedy = (f"did you mean {close[0]!r}? " if close else "") + "known keys here: " + ", ".join(known)
         raise Refused(key, "is not a config key", remedy)
-    raise Refused(f"{key}={problem['input']!r}", problem["msg"][0].lower() + problem["msg"][1:], "see `megapsft config` for the keys and their defaults")
+    rule = problem["msg"][0].lower() + problem["msg"][1:]
+    raise Refused(f"{key}={problem['input']!r}", rule, "see `megapsft config` for the keys and their defaults")
 
 
 def known_keys(cls: Any, loc: Sequence[str]) -> list[str]:

@@ -80,8 +80,13 @@ class Metric:
 class Objective(Protocol):
     """What is minimised: per-token losses, never reduced over tokens or ranks here."""
 
-    needs: ClassVar[frozenset[str]]  # of {"old_logprobs", "old_entropy"}
+    needs: frozenset[str]  # of {"old_logprobs", "old_entropy"}
+    metrics: ClassVar[Mapping[str, Literal["mean", "max", "min"]]]  # every key it reports, and how it is reduced
     aggregation: str
+    max_response_length: int | None
+    selects: bool  # whether `select` names fewer tokens than the loss mask, to which loss_weights are renormalised
+
+    def select(self, batch: Microbatch) -> Tensor | None: ...
 
     def __call__(self, output: PolicyOutput, batch: Microbatch) -> tuple[Tensor, Mapping[str, Metric]]: ...
 

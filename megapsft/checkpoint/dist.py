@@ -1,0 +1,218 @@
+"""States to continue from: torch_dist folders with model, optimizer, generators and the run's own state.
+
+    checkpoints/step-00000050/   metadata.json, *.distcp, common.pt (Megatron's), state.json (ours)
+    checkpoints/latest -> step-00000050        a symbolic link, replaced atomically; best -> ... likewise
+    checkpoints/step-00000100.partial/         being written, or left by a run that was killed; never read
+
+A folder gets its name only when all of it is written, so a kill at any moment leaves `latest` whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+from megapsft.checkpoint.optimizer_state import adam_step, load_state, sharded_state
+from megapsft.config import CheckpointConfig
+from megapsft.errors import Refused
+from megapsft.models.hf_config import HFConfig
+from megapsft.platform.compat import save_checkpoint
+from megapsft.policy.build import Policy
+
+ARCHITECTURE = ("architecture", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                "head_dim", "intermediate_size", "num_experts", "moe_intermediate_size", "tie_word_embeddings")  # fmt: skip
+
+
+class Checkpoints:
+    """The checkpoints of one run: saved in the background, found again, pruned."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig):
+        self.folder, self.config = folder, config
+        self.pending = AsyncCallsQueue()
+
+    def save(
+        self, step: int, state: dict[str, Any], policy: Policy, optimizer: ChainedOptimizer, score: float | None = None
+    ) -> None:
+        """Collective. Start writing the state after `step` steps; returns before it is on disk where `async_save`.
+
+        Args:
+            state: JSON values, given back by `read_state`; only the first rank's counts.
+            score: lower is better; None is never best.
+        """
+        self.finish()  # one at a time
+        partial, final = self._folder(step, ".partial"), self._folder(step)
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        torch.distributed.barrier()
+        for chunk in policy.chunks:  # with overlapped gathering, parameters are stale until asked for
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+        content: dict[str, Any] = {"model": model_state(policy.gpt_models()), "rng": _generators()}
+        content["optimizer"] = sharded_state(optimizer, content["model"], is_loading=False)
+        record = dict(state, adam_step=adam_step(optimizer), score=score, mesh=_mesh(policy), **_architecture(policy.hf))
+        request = save_checkpoint(content, str(partial), async_sharded_save=self.config.async_save)
+
+        def publish() -> None:
+            if torch.distributed.get_rank() == 0:
+                _write_json(partial / "state.json", record)
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(partial, final)
+                _point(self.folder / "latest", final.name)
+                self._keep(final, score)
+            torch.distributed.barrier()
+
+        if request is None:
+            publish()
+        else:
+            request.add_finalize_fn(publish)
+            self.pending.schedule_async_request(request)
+
+    def finish(self, blocking: bool = True) -> None:
+        """Collective. Publish what has been written; wait for it where `blocking`."""
+        self.pending.maybe_finalize_async_calls(blocking=blocking)
+
+    def load(self, path: Path, policy: Policy, optimizer: ChainedOptimizer | None) -> None:
+        """Collective. Fill the policy (and the optimizer, where given) from `path`, whatever split wrote it.
+
+        Raises:
+            Refused: a checkpoint of another architecture.
+        """
+        state = read_state(path)
+        check_architecture(path, state, policy.hf)
+        content: dict[str, Any] = {"model": model_state(policy.gpt_models())}
+        if optimizer is not None:
+            content["optimizer"] = sharded_state(optimizer, content["model"], is_loading=True)
+        same_mesh = state["mesh"] == _mesh(policy)
+        if optimizer is not None and same_mesh:
+            content["rng"] = _generators()
+        asked = content["model"]
+        loaded = dist_checkpointing.load(content, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
+        _fill(policy.gpt_models(), loaded["model"])
+        if optimizer is not None:
+            load_state(optimizer, asked, loaded["optimizer"], state["adam_step"])
+            if same_mesh:
+                _restore_generators(loaded["rng"].data if isinstance(loaded["rng"], ShardedObject) else loaded["rng"])
+
+    def _keep(self, newest: Path, score: float | None) -> None:
+        """Move `best`, then delete all but the last few and the best."""
+        best = self.folder / "best"
+        if self.config.keep_best and score is not None:
+            old = read_state(best)["score"] if best.exists() else None
+            if old is None or score < old:
+                _point(best, newest.name)
+        names = sorted(path.name for path in self.folder.glob("step-*") if not path.name.endswith(".partial"))
+        keep = set(names[-max(1, self.config.keep_last) :]) | {newest.name}
+        if best.exists():
+            keep.add(best.resolve().name)
+        for name in names:
+            if name not in keep:
+                shutil.rmtree(self.folder / name)
+
+    def _folder(self, step: int, suffix: str = "") -> Path:
+        return self.folder / f"step-{step:08d}{suffix}"
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint under `folder`, or None."""
+    link = folder / "latest"
+    return link.resolve() if link.exists() else None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The run's own state as saved with the checkpoint at `path`.
+
+    Raises:
+        Refused: there is none.
+    """
+    file = path / "state.json"
+    if not file.is_file():
+        remedy = "name a folder such as RUN/checkpoints/latest"
+        raise Refused(str(path), "is not a checkpoint of megapsft (no state.json)", remedy)
+    return json.loads(file.read_text())
+
+
+def check_architecture(path: Path, state: dict[str, Any], hf: HFConfig) -> None:
+    """Refuse to load a checkpoint into a model of another shape."""
+    for name, value in _architecture(hf).items():
+        if state[name] != value:
+            raise Refused(
+                f"{path} ({name}={state[name]})",
+                f"is a checkpoint of another architecture: this model has {name}={value}",
+                "continue it with the model it was made from, or choose another run.dir",
+            )
+
+
+def model_state(chunks: Sequence[GPTModel]) -> dict[str, Any]:
+    """Sharded tensors of all chunks; keys are of the whole model, so any split can read them."""
+    return {f"chunk{index}": gpt.sharded_state_dict() for index, gpt in enumerate(chunks)}
+
+
+def load_model(path: Path, chunks: Sequence[GPTModel]) -> None:
+    """Collective. Fill the chunks with the weights at `path`, whatever split wrote them."""
+    loaded = dist_checkpointing.load({"model": model_state(chunks)}, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
+    _fill(chunks, loaded["model"])
+
+
+def _fill(chunks: Sequence[GPTModel], loaded: dict[str, Any]) -> None:
+    for index, gpt in enumerate(chunks):
+        gpt.load_state_dict(loaded[f"chunk{index}"], strict=True)
+
+
+def _architecture(hf: HFConfig) -> dict[str, Any]:
+    return {name: getattr(hf, name) for name in ARCHITECTURE}
+
+
+def _mesh(policy: Policy) -> str:
+    return policy.mesh.describe()
+
+
+def _generators() -> ShardedObject:
+    """This rank's random state; only read again by the same rank of the same mesh."""
+    state = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "megatron": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return ShardedObject("rng", state, (size,), (rank,), replica_id=0)
+
+
+def _restore_generators(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with path.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _point(link: Path, target: str) -> None:
+    """Make `link` point at its sibling `target`, atomically."""
+    temporary = link.with_name(link.name + ".new")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, link)

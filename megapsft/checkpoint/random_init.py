@@ -1,0 +1,163 @@
+"""A small model to start from where there is none to download: random weights and a tokenizer trained on the data at hand."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megapsft.checkpoint.hf_folder import SINGLE, read_config
+from megapsft.checkpoint.hf_save import READABLE, check_free, write_config
+from megapsft.config import ColumnsConfig
+from megapsft.data.rows import read_rows
+from megapsft.errors import Refused
+from megapsft.models.families import family_of
+
+PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+FAMILIES = ("qwen3", "qwen3_moe", "qwen2", "llama")
+
+
+def init_model(
+    family: Literal["qwen3", "qwen3_moe", "qwen2", "llama"],
+    data_path: str | Path,
+    columns: ColumnsConfig,
+    out_dir: str | Path,
+    vocab_size: int = 512,
+    hidden_size: int = 96,
+    num_layers: int = 4,
+    num_attention_heads: int = 4,
+    num_key_value_heads: int = 2,
+    head_dim: int = 24,
+    intermediate_size: int = 256,
+    num_experts: int = 8,
+    num_experts_per_tok: int = 2,
+    moe_intermediate_size: int = 64,
+    tie_word_embeddings: bool = False,
+    max_position_embeddings: int = 4096,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    seed: int = 1234,
+) -> Path:
+    """Write a Hugging Face model folder and give its path: config, random weights, tokenizer with a ChatML template, generation config.
+
+    The tokenizer is a byte-level BPE, digits one by one, trained on the prompts and demonstrations of `data_path`. The model's
+    vocabulary is exactly the tokenizer's: at most `vocab_size` tokens, fewer where the texts do not give as many, not padded.
+    The experts' numbers only count for qwen3_moe.
+
+    Args:
+        columns: names of the columns of `data_path` (.jsonl or .parquet).
+        seed: of the weights; the same arguments give the same folder.
+
+    Raises:
+        Refused: unknown family, sizes that do not divide, a vocabulary without room for all bytes, `out_dir` not empty, or data
+            that cannot be read.
+    """
+    out = Path(out_dir)
+    if family not in FAMILIES:
+        raise Refused(f"family={family!r}", "is not known", "use one of " + ", ".join(FAMILIES))
+    _divides("num_key_value_heads", num_key_value_heads, "num_attention_heads", num_attention_heads)
+    if head_dim % 2:
+        raise Refused(f"head_dim={head_dim}", "must be even: rotary positions turn pairs", f"use head_dim={head_dim + 1}")
+    if family == "qwen2" and num_attention_heads * head_dim != hidden_size:  # the one family that cannot say otherwise
+        rule = f"must be num_attention_heads={num_attention_heads} x head_dim={head_dim} for qwen2"
+        raise Refused(f"hidden_size={hidden_size}", rule, f"use hidden_size={num_attention_heads * head_dim}")
+    if family == "qwen3_moe" and not 1 <= num_experts_per_tok <= num_experts:
+        rule = f"must be between 1 and num_experts={num_experts}"
+        raise Refused(f"num_experts_per_tok={num_experts_per_tok}", rule, "use fewer, or more experts")
+    check_free(out)
+
+    tokenizer = train_tokenizer(_texts(data_path, columns), vocab_size)
+    tokenizer.model_max_length = max_position_embeddings
+    sizes: dict[str, Any] = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_key_value_heads,
+        head_dim=head_dim,
+        intermediate_size=intermediate_size,
+        tie_word_embeddings=tie_word_embeddings,
+        max_position_embeddings=max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rms_norm_eps=1e-6,
+        initializer_range=0.02,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    if family == "qwen3_moe":
+        sizes |= dict(
+            num_experts=num_experts,
+            num_experts_per_tok=num_experts_per_tok,
+            moe_intermediate_size=moe_intermediate_size,
+            norm_topk_prob=num_experts_per_tok > 1,
+        )
+    model = _random_model(family, sizes, seed).to(getattr(torch, dtype))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(out)
+    (out / SINGLE).chmod(READABLE)
+    tokenizer.save_pretrained(out)
+    hf = read_config(out)
+    family_of(hf).check(hf)
+    write_config(hf, getattr(torch, dtype), out)
+    return out
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
+    """A `transformers` tokenizer with at most `vocab_size` tokens, special ones included, and a ChatML template.
+
+    Raises:
+        Refused: fewer tokens than bytes and special tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = [PAD, START, END]
+    if vocab_size < 256 + len(special):
+        rule = f"must be {256 + len(special)} or more: every byte is a token, and so are {', '.join(special)}"
+        raise Refused(f"vocab_size={vocab_size}", rule, "use 512")
+    bpe = Tokenizer(models.BPE())
+    # numbers of any length in ten tokens: arithmetic over merged digits is much harder to learn
+    split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(split)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token=PAD, eos_token=END, additional_special_tokens=[START], clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def _texts(data_path: str | Path, columns: ColumnsConfig) -> Iterator[str]:
+    """Every text of the data, prompts and demonstrations."""
+    for row in read_rows(data_path, columns):
+        turns = [row.prompt] if isinstance(row.prompt, str) else [message["content"] for message in row.prompt]
+        yield from itertools.chain(turns, [row.demonstration])
+
+
+def _random_model(family: str, sizes: dict[str, Any], seed: int) -> Any:
+    import transformers
+
+    prefix = {"qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "qwen2": "Qwen2", "llama": "Llama"}[family]
+    config = getattr(transformers, f"{prefix}Config")(**sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return getattr(transformers, f"{prefix}ForCausalLM")(config)
+
+
+def _divides(name: str, size: int, of: str, number: int) -> None:
+    if size < 1 or number % size:
+        fits = ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+        raise Refused(f"{name}={size}", f"must divide {of}={number}", f"use one of {fits}")

@@ -1,0 +1,239 @@
+"""The command line: the one file that knows every package. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from megapsft.errors import Refused
+
+
+def train(
+    config: tyro.conf.Positional[Path],
+    *,
+    dry_run: bool = False,
+    nproc_per_node: int | None = None,
+) -> int:
+    """Train: megapsft train CONFIG.yaml [key=value ...]. The same command on the same run.dir continues the run.
+
+    For example:
+        megapsft train configs/psft/tiny-qwen3-gsm8k.yaml data.path=train.jsonl model.path=models/tiny
+        megapsft train configs/psft/tiny-qwen3-gsm8k.yaml parallel.tensor_model_parallel_size=2 train.steps=50
+        megapsft train configs/psft/tiny-qwen3-gsm8k.yaml --dry-run
+        torchrun --nproc-per-node 8 -m megapsft.cli train CONFIG.yaml     (or srun: it joins)
+
+    Args:
+        config: YAML file; `key=value` arguments overlay it, `megapsft config` lists the keys.
+        dry_run: check everything, print what would run, start nothing.
+        nproc_per_node: processes to start here; default: the GPUs of this machine, or the fewest that the split needs.
+    """
+    from megapsft.config import load_config
+    from megapsft.parallel import smallest_world
+    from megapsft.platform.launch import become_world_of_one, joined_world, torchrun
+
+    resolved = load_config(config, OVERRIDES)
+    world = joined_world()
+    if world is not None:
+        return _train_here(resolved, world, show=False)
+    processes = nproc_per_node or max(smallest_world(resolved.parallel), _gpus())
+    if dry_run or processes > 1:
+        from megapsft.report.plan import show_plan
+        from megapsft.train.plan import plan_run
+
+        show_plan(plan_run(resolved, processes), whole=dry_run)  # refuse at the door, before any process starts
+        if dry_run:
+            return 0
+        return torchrun(processes, ["train", str(config), *OVERRIDES])
+    become_world_of_one()
+    return _train_here(resolved, 1, show=True)
+
+
+def _train_here(config, world: int, show: bool) -> int:
+    from megapsft import parallel
+    from megapsft.report.plan import show_plan
+    from megapsft.train.loop import train as loop
+    from megapsft.train.plan import plan_run
+    from megapsft.train.run import TrainingStopped, start
+
+    plan = plan_run(config, world)
+    if show:
+        show_plan(plan, whole=False)
+    parallel.initialize(plan.mesh, config.parallel, config.train.seed)
+    try:
+        loop(start(plan))
+    except TrainingStopped as error:
+        return _complain(error)
+    parallel.shutdown()
+    return 0
+
+
+def export(
+    run: tyro.conf.Positional[Path],
+    *,
+    out: Path,
+    checkpoint: str = "latest",
+    dtype: Literal["float32", "bfloat16"] | None = None,
+) -> int:
+    """Write a run's weights as a Hugging Face folder, with config, tokenizer and chat template.
+
+    For example:
+        megapsft export runs/tiny --out exports/tiny
+        megapsft export runs/tiny --out exports/best --checkpoint best --dtype bfloat16
+
+    Args:
+        run: the run's folder.
+        out: the folder to make; it must not hold anything yet.
+        checkpoint: latest, best, or a folder name under RUN/checkpoints such as step-00000050.
+        dtype: of the exported weights; default: that of the run.
+    """
+    from megapsft.checkpoint.export import export_run
+
+    print(f"exported to {export_run(run, out, checkpoint, dtype)}")
+    return 0
+
+
+def init_model(
+    *,
+    family: str,
+    data: Path,
+    out: Path,
+    prompt_column: str = "prompt",
+    demonstration_column: str = "demonstration",
+    vocab_size: int = 512,
+    hidden_size: int = 96,
+    num_layers: int = 4,
+    num_attention_heads: int = 4,
+    num_key_value_heads: int = 2,
+    head_dim: int = 24,
+    intermediate_size: int = 256,
+    num_experts: int = 8,
+    num_experts_per_tok: int = 2,
+    moe_intermediate_size: int = 64,
+    max_position_embeddings: int = 4096,
+    tie_word_embeddings: bool = False,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    seed: int = 0,
+) -> int:
+    """Make a small random Hugging Face checkpoint, with a tokenizer trained on your data.
+
+    For example:
+        megapsft init-model --family qwen3_moe --data train.jsonl --out models/tiny
+        megapsft init-model --family qwen3 --data gsm8k.jsonl --prompt-column question --demonstration-column answer --out models/t
+
+    Args:
+        family: qwen3, qwen3_moe, qwen2 or llama.
+        data: .jsonl or .parquet with the two columns.
+        out: the folder to make; it must not hold anything yet.
+    """
+    from megapsft.checkpoint.random_init import init_model as make
+    from megapsft.config import ColumnsConfig
+
+    options = dict(locals())
+    for name in ("make", "ColumnsConfig", "prompt_column", "demonstration_column", "data", "out", "family"):
+        options.pop(name)
+    columns = ColumnsConfig(prompt=prompt_column, demonstration=demonstration_column)
+    made = make(family=family, data_path=data, columns=columns, out_dir=out, **options)
+    print(f"made {made}")
+    return 0
+
+
+def make_data(*, out: Path, count: int = 2000, seed: int = 0) -> int:
+    """Write worded arithmetic problems with worked solutions, as JSONL with the columns `question` and `answer`.
+
+    For example:
+        megapsft make-data --out train.jsonl --count 4000
+
+    Args:
+        out: the file to write.
+        count: problems, no two alike.
+        seed: the same seed gives the same file.
+    """
+    from megapsft.data.arithmetic import generate, write_jsonl
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(out, generate(count, seed))
+    print(f"wrote {count} problems to {out}")
+    return 0
+
+
+def config(config: tyro.conf.Positional[Path | None] = None) -> int:
+    """Print the resolved config: every key with its value.
+
+    For example:
+        megapsft config
+        megapsft config configs/psft/tiny-qwen3-gsm8k.yaml train.steps=50
+
+    Args:
+        config: YAML file; defaults where there is none.
+    """
+    from megapsft.config import load_config
+    from megapsft.train.plan import to_yaml
+
+    print(to_yaml(load_config(config, OVERRIDES)), end="")
+    return 0
+
+
+def curves(runs: tyro.conf.Positional[tuple[Path, ...]], *, out: Path) -> int:
+    """Draw the curves of one run or several into a PNG, and print a table of their phases.
+
+    For example:
+        megapsft curves runs/sft runs/psft --out curves.png
+
+    Args:
+        runs: the runs' folders.
+        out: the PNG to write.
+    """
+    from rich.console import Console
+
+    from megapsft.report.curves import draw_curves
+    from megapsft.report.table import phase_table
+
+    for run in runs:
+        Console().print(phase_table(run / "metrics.jsonl"))
+    draw_curves({run.name: run / "metrics.jsonl" for run in runs}, out)
+    print(f"drew {out}")
+    return 0
+
+
+COMMANDS = {
+    "train": train,
+    "export": export,
+    "init-model": init_model,
+    "make-data": make_data,
+    "config": config,
+    "curves": curves,
+}
+OVERRIDES: list[str] = []  # the key=value arguments: they may stand anywhere, which argparse does not allow
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _complain(error: Exception) -> int:
+    import os
+
+    if os.environ.get("RANK", "0") == "0":
+        print(f"megapsft: {error}", file=sys.stderr)
+    return 2 if isinstance(error, Refused) else 3
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, 2 where something was refused, 3 where training stopped itself."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] in (["train"], ["config"]):
+        OVERRIDES[:] = [a for a in arguments[1:] if "=" in a and not a.startswith("-")]
+        arguments = [a for a in arguments if a not in OVERRIDES]
+    try:
+        return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="megapsft", args=arguments, description=__doc__)
+    except Refused as error:
+        return _complain(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Text to token ids, the way the model's own chat template writes a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megapsft.data.rows import Row
+from megapsft.errors import Refused
+
+ROWS_AT_ONCE = 1024  # handed to the tokenizer together: enough for its threads, and few enough that lists of ids stay small
+
+
+class ChatTemplate:
+    """A tokenizer, its chat template, and the token that ends a turn in it.
+
+    A prompt is the template over its messages with the generation prompt; a response is the demonstration and exactly one
+    turn terminator. Neither gets further special tokens; special tokens spelt out in a text become those tokens, except
+    that a terminator inside a demonstration is refused.
+    """
+
+    def __init__(self, tokenizer: Any):
+        """
+        Args:
+            tokenizer: a `transformers` tokenizer.
+
+        Raises:
+            Refused: it has no chat template, or one that does not end an assistant turn with a special token.
+        """
+        self.tokenizer = tokenizer
+        if tokenizer.chat_template is None:
+            rule = f"the tokenizer in {tokenizer.name_or_path!r} has no chat template"
+            raise Refused("chat_template=None", rule, "use an instruct model, or add a chat_template.jinja next to the tokenizer")
+        self.terminator_id = self._find_terminator()
+
+    @classmethod
+    def load(cls, model_dir: str | Path) -> ChatTemplate:
+        """The chat template of a Hugging Face model folder; nothing is downloaded and no code of the folder runs.
+
+        Raises:
+            Refused: no folder, no tokenizer in it, or one that `ChatTemplate` refuses.
+        """
+        from transformers import AutoTokenizer
+
+        at = f"model.path={str(model_dir)!r}"
+        remedy = "name a folder with tokenizer.json and tokenizer_config.json"
+        if not Path(model_dir).is_dir():  # asked first, because anything else would be taken for a name on the hub
+            raise Refused(at, "is not a folder", remedy)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # parsers of many formats, which raise what they like
+            raise Refused(at, f"has no readable tokenizer ({brief(error)})", remedy) from None
+        if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # config.json alone loads as a tokenizer without words
+            raise Refused(at, "has no tokenizer vocabulary", remedy)
+        return cls(tokenizer)
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills masked positions; any token of the vocabulary serves, so the terminator where the tokenizer names none."""
+        pad = self.tokenizer.pad_token_id
+        return self.terminator_id if pad is None else pad
+
+    def render_prompt(self, prompt: str | list[dict[str, Any]], system_prompt: str | None = None) -> str:
+        """The text of the prompt up to where the response begins.
+
+        Args:
+            prompt: one user turn, or chat messages.
+            system_prompt: put before prompts that have no system turn.
+
+        Raises:
+            Refused: the template does not take these messages.
+        """
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if system_prompt is not None and all(message["role"] != "system" for message in messages):
+            messages = [{"role": "system", "content": system_prompt}, *messages]
+        return self._render(messages, add_generation_prompt=True)
+
+    def encode(
+        self, prompt: str | list[dict[str, Any]], demonstration: str, system_prompt: str | None = None
+    ) -> tuple[np.ndarray, int]:
+        """(token_ids [n] int32, prompt_length): the first prompt_length ids are the prompt, the others the response.
+
+        Raises:
+            Refused: as `encode_rows`.
+        """
+        return next(self.encode_rows([Row(prompt, demonstration, "the demonstration")], system_prompt))
+
+    def encode_rows(self, rows: Sequence[Row], system_prompt: str | None = None) -> Iterator[tuple[np.ndarray, int]]:
+        """`encode` of each row, in order, tokenised many at a time.
+
+        Raises:
+            Refused: the template does not take the messages, or the terminator stands inside the demonstration; names the row.
+        """
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            chunk = rows[start : start + ROWS_AT_ONCE]
+            prompts = self._tokenise([self._render_row(row, system_prompt) for row in chunk])
+            responses = self._tokenise([row.demonstration for row in chunk])
+            for row, prompt, response in zip(chunk, prompts, responses, strict=True):
+                yield np.array(prompt + self._terminate(response, row.source), dtype=np.int32), len(prompt)
+
+    def _render_row(self, row: Row, system_prompt: str | None) -> str:
+        try:
+            return self.render_prompt(row.prompt, system_prompt)
+        except Refused as refusal:
+            raise Refused(f"{row.source}: {refusal.value}", refusal.rule, refusal.remedy) from None
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        except Exception as error:  # a template is a program of the model's makers: it may raise anything
+            roles = ", ".join(message["role"] for message in messages)
+            rule = f"are not taken by the chat template ({brief(error)})"
+            raise Refused(f"turns [{roles}]", rule, "change the turns, data.system_prompt or the template") from None
+
+    def _tokenise(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _terminate(self, response: list[int], source: str) -> list[int]:
+        """The ids of a demonstration, ending with the terminator, which is nowhere else."""
+        if not response or response[-1] != self.terminator_id:
+            response = [*response, self.terminator_id]
+        if response.index(self.terminator_id) != len(response) - 1:
+            token = self.tokenizer.convert_ids_to_tokens(self.terminator_id)
+            rule = f"has the turn terminator {token} before its end, so the model would learn to go on after its turn"
+            raise Refused(source, rule, "split it into turns, or take the token out of the text")
+        return response
+
+    def _find_terminator(self) -> int:
+        """The token that the template itself writes after the words of an assistant."""
+        words = "a sentence that no template holds"
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": words}]
+        _, found, after = self._render(turns, add_generation_prompt=False).rpartition(words)
+        first = self._tokenise([after])[0][:1] if found else []
+        added = self.tokenizer.added_tokens_decoder
+        if not (first and first[0] in added and added[first[0]].special):
+            rule = "must end an assistant turn with a special token, directly after its words"
+            raise Refused(f"chat template that goes on with {after[:40]!r}", rule, "use a model whose template does, or mend it")
+        return first[0]
+
+
+def brief(error: Exception) -> str:
+    """An error of another library in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

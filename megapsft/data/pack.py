@@ -1,0 +1,125 @@
+"""Samples of a step into the tensors of its updates.
+
+An update (minibatch) is planned as a whole by every rank; then a rank fills in only the microbatches of its data-parallel
+share, and of those its context-parallel slice. What is trained, and with which weight, does not depend on the split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megapsft.data.loss_weights import loss_weights
+from megapsft.data.plan import Layout, Plan, plan_update, round_up
+from megapsft.types import Microbatch, Minibatch, Sample, TrainBatch
+
+
+def pack(
+    samples: Sequence[Sample],
+    *,
+    minibatch_size: int,
+    layout: Layout,
+    aggregation: str,
+    max_response_length: int | None = None,
+    pad_token_id: int,
+) -> TrainBatch:
+    """This rank's part of one step.
+
+    The samples are cut in order into minibatches of `minibatch_size`; the last may be smaller. Loss weights are those of
+    `loss_weights` over a whole minibatch, all ranks: the loss of an update is the plain sum of weight * per-token loss.
+
+    Raises:
+        Refused: as `loss_weights`.
+    """
+    minibatches = []
+    for start in range(0, len(samples), minibatch_size):
+        update = samples[start : start + minibatch_size]
+        targets = [sample.loss_mask[1:] for sample in update]  # by the position that predicts; nothing predicts a first token
+        weights = loss_weights(targets, aggregation, max_response_length)
+        plans = plan_update([len(sample) for sample in update], layout)
+        minibatches.append(
+            Minibatch(
+                microbatches=tuple(
+                    fill(plan, update, weights, layout, pad_token_id) for plan in plans[layout.data_parallel_rank]
+                ),
+                trained_tokens=int(sum(target.sum() for target in targets)),
+                forward_tokens=sum(len(plan.rows) * plan.length for share in plans for plan in share),
+                real_tokens=sum(len(sample) for sample in update),
+                samples=len(update),
+            )
+        )
+    return TrainBatch(minibatches=tuple(minibatches))
+
+
+def fill(plan: Plan, samples: Sequence[Sample], weights: Sequence[np.ndarray], layout: Layout, pad_token_id: int) -> Microbatch:
+    """The tensors of one planned microbatch, sliced for this context-parallel rank.
+
+    Args:
+        samples: of the update; `plan.rows` are indices into it.
+        weights: [n - 1] fp32 of each sample, by the position that predicts.
+    """
+    shape = (len(plan.rows), plan.length)
+    token_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    labels = np.zeros(shape, dtype=np.int64)
+    loss_mask = np.zeros(shape, dtype=bool)
+    token_weights = np.zeros(shape, dtype=np.float32)
+    sample_ids = np.full(shape, -1, dtype=np.int64)
+    borders = [0]  # between sequences; an unpacked row is one sequence
+    for row, members in enumerate(plan.rows):
+        start = 0
+        for i in members:
+            sample, end = samples[i], start + len(samples[i])
+            token_ids[row, start:end] = sample.token_ids
+            sample_ids[row, start:end] = i
+            labels[row, start : end - 1] = np.where(sample.loss_mask[1:], sample.token_ids[1:], 0)
+            loss_mask[row, start : end - 1] = sample.loss_mask[1:]
+            token_weights[row, start : end - 1] = weights[i]
+            start += round_up(len(sample), layout.sequence_multiple)
+            if layout.packing:
+                borders.append(start)
+    if borders[-1] < plan.length:
+        borders.append(plan.length)  # what is left of a pack is a sequence of padding
+
+    cu_seqlens = np.array(borders, dtype=np.int32)
+    sequences = np.diff(cu_seqlens)
+    position_ids = np.arange(plan.length) - np.repeat(cu_seqlens[:-1], sequences)
+    rank, size = layout.context_parallel_rank, layout.context_parallel_size
+    mine = np.concatenate([start + zigzag(n, rank, size) for start, n in zip(borders[:-1], sequences, strict=True)])
+
+    def own(positions: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(positions[:, mine]))
+
+    return Microbatch(
+        token_ids=own(token_ids),
+        labels=own(labels),
+        position_ids=own(np.broadcast_to(position_ids, shape)),
+        loss_mask=own(loss_mask),
+        loss_weights=own(token_weights),
+        sample_ids=own(sample_ids),
+        cu_seqlens=torch.from_numpy(cu_seqlens) if layout.packing else None,
+        max_seqlen=int(sequences.max()),
+    )
+
+
+def zigzag(length: int, rank: int, size: int) -> np.ndarray:
+    """Positions of a sequence that context-parallel rank `rank` of `size` holds: [length / size] int64, ascending.
+
+    The sequence is cut into 2 * size chunks and a rank holds one from each end, because under a causal mask late positions
+    cost more than early ones.
+
+    Args:
+        length: a multiple of 2 * size; any where size is 1.
+
+    Example:
+        >>> zigzag(8, 0, 2), zigzag(8, 1, 2)
+        (array([0, 1, 6, 7]), array([2, 3, 4, 5]))
+    """
+    if size == 1:
+        return np.arange(length)
+    chunks = np.arange(length).reshape(2 * size, -1)
+    return np.concatenate([chunks[rank], chunks[2 * size - 1 - rank]])
+
+
+__all__ = ["Layout", "fill", "pack", "zigzag"]

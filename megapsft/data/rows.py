@@ -1,0 +1,147 @@
+"""Rows of a JSONL or Parquet file: a prompt and its demonstration, checked where they enter."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megapsft.config import ColumnsConfig
+from megapsft.errors import Refused
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One demonstration as it stands in the file."""
+
+    prompt: str | list[dict[str, Any]]  # a user turn, or chat messages [{"role": ..., "content": ...}]
+    demonstration: str
+    source: str  # "file:line"; lines and Parquet rows count from 1
+
+
+def read_rows(path: str | Path, columns: ColumnsConfig, limit: int | None = None) -> list[Row]:
+    """All rows of `path` (.jsonl or .parquet), or the first `limit`; what lies behind the limit is not looked at.
+
+    Raises:
+        Refused: no such file, another suffix, malformed or empty file, missing column, wrong type, blank prompt or
+            demonstration, malformed chat messages. Names the file and the line.
+    """
+    path = Path(path)
+    if path.suffix not in READERS:
+        raise Refused(f"data.path={str(path)!r}", "must end in .jsonl or .parquet", "convert the file, or name another")
+    if not path.is_file():
+        raise Refused(f"data.path={str(path)!r}", "is not a file", "set data.path to a .jsonl or .parquet file")
+    records = itertools.islice(READERS[path.suffix](path, columns), limit)
+    rows = [parse_row(record, columns, source) for source, record in records]
+    if not rows:
+        raise Refused(f"data.path={str(path)!r}", "holds no rows", "name a file with at least one")
+    return rows
+
+
+def read_jsonl(path: Path, columns: ColumnsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(source, record) of each line; blank lines are allowed at the end only."""
+    blank = None
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            source = f"{path}:{number}"
+            if not line.strip():
+                blank = blank or source
+                continue
+            if blank:
+                raise Refused(blank, "is a blank line between rows", "delete the line")
+            try:
+                record = json.loads(line.decode("utf-8"))
+            except ValueError as error:  # of JSON and of UTF-8
+                raise Refused(source, f"is not a line of JSON ({error})", "write one JSON object a line, in UTF-8") from None
+            if not isinstance(record, dict):
+                raise Refused(source, f"is a JSON {type(record).__name__}, not an object", "write one JSON object a line")
+            check_columns(record, columns, source)
+            yield source, record
+
+
+def read_parquet(path: Path, columns: ColumnsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(source, record) of each row; only the two columns are read, a batch of rows at a time."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            check_columns(file.schema_arrow.names, columns, f"{path}:1")
+            batches = file.iter_batches(batch_size=1024, columns=[columns.prompt, columns.demonstration])
+            records = (record for batch in batches for record in batch.to_pylist())
+            for number, record in enumerate(records, start=1):
+                yield f"{path}:{number}", record
+    except (pyarrow.ArrowException, OSError) as error:
+        raise Refused(str(path), f"is not a readable Parquet file ({' '.join(str(error).split())})", "write it anew") from None
+
+
+READERS = {".jsonl": read_jsonl, ".parquet": read_parquet}
+
+
+def check_columns(present: Iterable[str], columns: ColumnsConfig, source: str) -> None:
+    """Refuses where one of the two columns is not `present`."""
+    present = list(present)
+    for key, name in (("prompt", columns.prompt), ("demonstration", columns.demonstration)):
+        if name in present:
+            continue
+        rule = f"is missing; the row has: {', '.join(map(str, present)) or 'no columns'}"
+        if name == "demonstration" and "demostration" in present:  # a known misspelling in published data
+            rule, present_name = f"is misspelt 'demostration' here ({rule})", "demostration"
+        else:
+            present_name = "NAME"
+        raise Refused(f"{source}: column {name!r}", rule, f"data.columns.{key}={present_name} names another column")
+
+
+def parse_row(record: dict[str, Any], columns: ColumnsConfig, source: str) -> Row:
+    """The row in a record that has both columns."""
+    prompt, demonstration = record[columns.prompt], record[columns.demonstration]
+    at = f"{source}: column {columns.prompt!r}"
+    if isinstance(prompt, list):
+        prompt = [parse_message(message, f"{at}, message {number}") for number, message in enumerate(prompt, start=1)]
+        if not prompt:
+            raise Refused(at, "is an empty list of messages", "end it with a user turn")
+        if prompt[-1]["role"] == "assistant":
+            raise Refused(at, "ends with an assistant turn", "move that turn to the demonstration; end with a user turn")
+        check_text(prompt[-1]["content"], f"{at}, message {len(prompt)}")
+    elif isinstance(prompt, str):
+        check_text(prompt, at)
+    else:
+        raise Refused(at, f"is a {type(prompt).__name__}", "write a string or a list of chat messages")
+
+    at = f"{source}: column {columns.demonstration!r}"
+    if not isinstance(demonstration, str):
+        raise Refused(at, f"is a {type(demonstration).__name__}", "write a string")
+    check_text(demonstration, at)
+    return Row(prompt, demonstration, source)
+
+
+def parse_message(message: Any, at: str) -> dict[str, Any]:
+    """The message without its null fields, which Parquet adds to every struct and templates may take for present."""
+    if not isinstance(message, dict):
+        raise Refused(at, f"is a {type(message).__name__}", 'write {"role": ..., "content": ...}')
+    if message.get("role") not in ROLES:
+        raise Refused(at, f"has role {message.get('role')!r}", f"use one of {', '.join(ROLES)}")
+    if not isinstance(message.get("content"), str):
+        raise Refused(at, f"has content of type {type(message.get('content')).__name__}", "write a string")
+    check_unicode(message["content"], at)
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def check_text(text: str, at: str) -> None:
+    if not text.strip():
+        raise Refused(at, "is empty or blank", "fill it, or delete the row")
+    check_unicode(text, at)
+
+
+def check_unicode(text: str, at: str) -> None:
+    """JSON can spell half a surrogate pair; no tokenizer can read it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        rule = f"holds half a surrogate pair at character {error.start}"
+        raise Refused(at, rule, "repair the text, or delete the row") from None

@@ -1,0 +1,186 @@
+"""What a Hugging Face config.json says, read by ourselves because transformers 4 and 5 spell it differently.
+
+transformers 4 reads a config.json of 5 without an error, but with rope_theta 10000 and the default number of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megapsft.errors import Refused
+
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary position embedding; `factor` and what follows it only count where `type` uses them."""
+
+    theta: float
+    type: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFConfig:
+    """A decoder-only model as its config.json describes it. Names are those of transformers."""
+
+    architecture: str  # architectures[0]
+    vocab_size: int  # true: without the padding that tensor parallelism adds
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    rope: Rope
+    max_position_embeddings: int
+    attention_bias: bool = False
+    dtype: str | None = None  # of the stored weights, such as "bfloat16"; None: not said
+    num_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool = False
+    raw: dict[str, Any] = field(repr=False, compare=False)  # the whole file
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any]) -> HFConfig:
+        """The config in a config.json that was read into `raw`.
+
+        Raises:
+            Refused: a key that is missing, two spellings that contradict each other, or something that we would compute
+                wrongly: unknown rope type, attention dropout, sliding windows, quantised weights, another activation.
+        """
+        architectures = raw.get("architectures")
+        if not architectures:
+            raise Refused("config.json: architectures", "is missing or empty", 'add it, such as ["Qwen3ForCausalLM"]')
+        _check_supported(raw)
+        heads, hidden_size = _need(raw, "num_attention_heads"), _need(raw, "hidden_size")
+        if raw.get("head_dim") is None and hidden_size % heads:
+            rule = f"is not divided by num_attention_heads={heads}, and there is no head_dim"
+            raise Refused(f"config.json: hidden_size={hidden_size}", rule, "add head_dim, or mend the sizes")
+        num_experts = _same(raw, "num_experts", "num_local_experts")
+        return cls(
+            architecture=architectures[0],
+            vocab_size=_need(raw, "vocab_size"),
+            hidden_size=hidden_size,
+            num_hidden_layers=_need(raw, "num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or hidden_size // heads,
+            intermediate_size=_need(raw, "intermediate_size"),
+            rms_norm_eps=_need(raw, "rms_norm_eps"),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
+            rope=_rope(raw),
+            max_position_embeddings=_need(raw, "max_position_embeddings"),
+            attention_bias=bool(raw.get("attention_bias")),
+            dtype=_same(raw, "dtype", "torch_dtype"),
+            num_experts=num_experts,
+            num_experts_per_tok=_need(raw, "num_experts_per_tok") if num_experts else None,
+            moe_intermediate_size=_need(raw, "moe_intermediate_size") if num_experts else None,
+            norm_topk_prob=bool(raw.get("norm_topk_prob")),
+            raw=dict(raw),
+        )
+
+
+def both_spellings(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw` with what only one of transformers 4 and 5 would understand written for the other too."""
+    both = dict(raw)
+    scaling = {key: value for key, value in _scaling(raw).items() if key not in ("type", "rope_theta")}
+    kind = _rope_type(_scaling(raw))
+    theta = _theta(raw)
+    both["rope_theta"] = theta
+    both["rope_scaling"] = None if kind == "default" else {**scaling, "rope_type": kind}
+    both["rope_parameters"] = {**scaling, "rope_type": kind, "rope_theta": theta}
+    for new, old in (("dtype", "torch_dtype"), ("num_local_experts", "num_experts")):
+        value = _same(raw, new, old)
+        if value is not None:
+            both[new] = both[old] = value
+    return both
+
+
+def _check_supported(raw: Mapping[str, Any]) -> None:
+    if raw.get("attention_dropout"):
+        value = f"config.json: attention_dropout={raw['attention_dropout']}"
+        raise Refused(value, "must be 0: attention here has no dropout", "set attention_dropout to 0")
+    if raw.get("use_sliding_window") or set(raw.get("layer_types") or ()) - {"full_attention"}:
+        value = f"config.json: use_sliding_window={raw.get('use_sliding_window')}, layer_types={raw.get('layer_types')}"
+        raise Refused(value, "must be full attention in every layer", "use a model without sliding windows")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise Refused(f"config.json: hidden_act={raw['hidden_act']}", "must be silu", "use a model with SwiGLU layers")
+    if raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method")
+        rule = "quantised weights would be read without their scales"
+        raise Refused(f"config.json: quantization_config={method}", rule, "use the checkpoint in bfloat16")
+
+
+def _need(raw: Mapping[str, Any], key: str) -> Any:
+    if raw.get(key) is None:
+        raise Refused(f"config.json: {key}", "is missing", "complete the file; a default might not be what the model has")
+    return raw[key]
+
+
+def _same(raw: Mapping[str, Any], *spellings: str) -> Any:
+    """The value that one spelling has, or all of them; None where there is none."""
+    found = {key: raw[key] for key in spellings if raw.get(key) is not None}
+    values = list(found.values())
+    if any(value != values[0] for value in values):
+        shown = ", ".join(f"{key}={value}" for key, value in found.items())
+        raise Refused(f"config.json: {shown}", "contradict each other", "delete the wrong one")
+    return values[0] if values else None
+
+
+def _rope(raw: Mapping[str, Any]) -> Rope:
+    scaling = _scaling(raw)
+    kind = _rope_type(scaling)
+    theta = _theta(raw)
+    if kind not in ROPE_TYPES:
+        raise Refused(f"config.json: rope type {kind!r}", "is not known", "use a model with one of " + ", ".join(ROPE_TYPES))
+    partial = scaling.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        rule = "must be 1: every dimension of a head is rotated here"
+        raise Refused(f"config.json: partial_rotary_factor={partial}", rule, "use a model that rotates whole heads")
+    if kind == "default":
+        return Rope(theta=theta)
+    keys = ("factor",) if kind == "linear" else tuple(Rope.__dataclass_fields__)[2:]
+    missing = [key for key in keys if scaling.get(key) is None]
+    if missing:
+        value = f"config.json: {missing[0]} of rope type {kind!r}"
+        raise Refused(value, "is missing", "add it to rope_scaling or rope_parameters")
+    return Rope(theta=theta, type=kind, **{key: scaling[key] for key in keys})
+
+
+def _theta(raw: Mapping[str, Any]) -> float:
+    parameters = raw.get("rope_parameters") or {}
+    spelt = {"rope_theta": raw.get("rope_theta"), "rope_parameters.rope_theta": parameters.get("rope_theta")}
+    theta = _same(spelt, *spelt)
+    if theta is None:
+        remedy = "add it; old Llama configs leave out what was then the default, 10000"
+        raise Refused("config.json: rope_theta", "is missing, and so is rope_parameters.rope_theta", remedy)
+    return theta
+
+
+def _scaling(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What either spelling says of the scaling, {} where neither does."""
+    spelt = [raw[key] for key in ("rope_parameters", "rope_scaling") if raw.get(key)]
+    if len(spelt) == 2 and _plain(spelt[0]) != _plain(spelt[1]):
+        value = f"config.json: rope_parameters={spelt[0]}, rope_scaling={spelt[1]}"
+        raise Refused(value, "contradict each other", "delete the wrong one")
+    return dict(spelt[0]) if spelt else {}
+
+
+def _plain(scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """A scaling without what may be said elsewhere, for comparison."""
+    rest = {key: value for key, value in scaling.items() if key not in ("type", "rope_type", "rope_theta")}
+    return {"rope_type": _rope_type(scaling), **rest}
+
+
+def _rope_type(scaling: Mapping[str, Any]) -> str:
+    return scaling.get("rope_type") or scaling.get("type") or "default"

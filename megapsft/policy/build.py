@@ -1,0 +1,163 @@
+"""From a Hugging Face checkpoint to a policy: Megatron's GPTModel under the mesh's split, its head giving log-probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megapsft.config import ModelConfig, ParallelConfig
+from megapsft.models.family import Family
+from megapsft.models.hf_config import HFConfig
+from megapsft.models.layer_spec import layer_spec
+from megapsft.models.rope import inverse_frequencies
+from megapsft.parallel import Mesh, ModelShape
+from megapsft.platform.compat import have_transformer_engine
+from megapsft.policy.vocab_parallel import LogprobHead
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """The model on this rank: one chunk a virtual pipeline stage, wrapped for data parallelism where it is trained."""
+
+    chunks: list[torch.nn.Module]
+    config: TransformerConfig
+    family: Family
+    hf: HFConfig
+    source: Path  # the Hugging Face folder it came from
+    mesh: Mesh
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.chunks[0].parameters()).device
+
+    def gpt_models(self) -> list[GPTModel]:
+        return [unwrap(chunk) for chunk in self.chunks]
+
+    def head(self) -> LogprobHead | None:
+        """The output layer, on the last pipeline stage."""
+        last = self.gpt_models()[-1]
+        return last.output_layer if last.post_process else None
+
+
+def unwrap(module: torch.nn.Module) -> GPTModel:
+    """The GPTModel inside wrappers for data parallelism and mixed precision."""
+    while not isinstance(module, GPTModel):
+        module = module.module
+    return module
+
+
+def model_shape(hf: HFConfig) -> ModelShape:
+    """The numbers that a split must divide."""
+    return ModelShape(
+        num_layers=hf.num_hidden_layers,
+        num_attention_heads=hf.num_attention_heads,
+        num_query_groups=hf.num_key_value_heads,
+        ffn_hidden_size=hf.moe_intermediate_size if hf.num_experts else hf.intermediate_size,
+        num_experts=hf.num_experts,
+    )
+
+
+def padded_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:
+    """Rows of the embedding: the vocabulary rounded up to a multiple of `divisible_by * tp`, as in Megatron-LM."""
+    unit = divisible_by * tp
+    return -(-vocab_size // unit) * unit
+
+
+def transformer_config(
+    family: Family, hf: HFConfig, model: ModelConfig, parallel: ParallelConfig, mesh: Mesh
+) -> TransformerConfig:
+    """Megatron's config: the family's architecture, the mesh's split, and our numerics."""
+    dtype = DTYPES[model.dtype]
+    options = dict(
+        family.transformer_config(hf),
+        tensor_model_parallel_size=mesh.tp,
+        pipeline_model_parallel_size=mesh.pp,
+        virtual_pipeline_model_parallel_size=mesh.vpp if mesh.vpp > 1 else None,
+        context_parallel_size=mesh.cp,
+        expert_model_parallel_size=mesh.ep,
+        expert_tensor_parallel_size=mesh.etp,
+        sequence_parallel=mesh.sequence_parallel,
+        overlap_p2p_comm=mesh.overlap_p2p_comm,
+        batch_p2p_comm=mesh.batch_p2p_comm,
+        deallocate_pipeline_outputs=True,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        calculate_per_token_loss=True,  # gradients are summed, then divided once by the update's number of tokens
+        perform_initialization=False,  # every parameter is filled by the import, or it is refused
+        use_cpu_initialization=not torch.cuda.is_available(),
+        attention_softmax_in_fp32=True,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+    if hf.num_experts:
+        balanced = model.moe_aux_loss_coeff > 0
+        options |= dict(
+            moe_token_dispatcher_type=model.moe_token_dispatcher_type,
+            moe_grouped_gemm=have_transformer_engine(),
+            moe_router_load_balancing_type="aux_loss" if balanced else "none",
+            moe_aux_loss_coeff=model.moe_aux_loss_coeff,
+        )
+    if parallel.recompute_granularity == "full":
+        options |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    elif parallel.recompute_granularity == "selective":
+        options |= dict(recompute_granularity="selective", recompute_modules=list(parallel.recompute_modules))
+    return TransformerConfig(**options)
+
+
+def build_chunks(config: TransformerConfig, hf: HFConfig, model: ModelConfig, mesh: Mesh) -> list[GPTModel]:
+    """This rank's GPTModel chunks with uninitialised parameters; the last stage's output layer is a LogprobHead."""
+    chunks = []
+    for stage in range(mesh.vpp):
+        vp_stage = stage if mesh.vpp > 1 else None
+        gpt = GPTModel(
+            config=config,
+            transformer_layer_spec=layer_spec(config, vp_stage),
+            vocab_size=padded_vocab_size(hf.vocab_size, model.make_vocab_size_divisible_by, mesh.tp),
+            max_sequence_length=hf.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            share_embeddings_and_output_weights=hf.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=hf.rope.theta,
+            vp_stage=vp_stage,
+        )
+        # ours: Megatron knows one rope scaling, and hard-codes its original context length
+        gpt.rotary_pos_emb.inv_freq = inverse_frequencies(hf).to(gpt.rotary_pos_emb.inv_freq.device)
+        if gpt.post_process:
+            LogprobHead.adopt(gpt.output_layer, hf.vocab_size, model.logprob_chunk_bytes)
+        if torch.cuda.is_available():
+            gpt.cuda(torch.cuda.current_device())
+        chunks.append(gpt)
+    return chunks
+
+
+def distribute(chunks: list[GPTModel], config: TransformerConfig, parallel: ParallelConfig) -> list[torch.nn.Module]:
+    """Wrap for mixed precision and data parallelism: fp32 gradients, summed (not averaged) over the data-parallel ranks."""
+    if config.bf16:
+        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    options = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    wrapped = [
+        DistributedDataParallel(config, options, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(chunks)
+    ]
+    config.finalize_model_grads_func = finalize_model_grads
+    if parallel.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return wrapped
+

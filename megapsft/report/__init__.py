@@ -1,0 +1,1 @@
+"""Pictures and tables of runs, drawn from the records that they left."""

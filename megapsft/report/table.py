@@ -1,0 +1,56 @@
+"""A run in a table: one row a phase."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+
+from rich.table import Table
+
+from megapsft.errors import Refused
+from megapsft.metrics.records import read_records
+from megapsft.report.phases import Phase, phases
+
+
+def phase_table(path: str | Path) -> Table:
+    """First and last loss, nll and entropy of each phase, how much was clipped and how many updates were skipped.
+
+    Args:
+        path: metrics.jsonl of a run.
+
+    Raises:
+        Refused: no such file, or no records in it.
+    """
+    records = read_records(path)
+    if not records:
+        raise Refused(str(path), "has no records", "wait for the first update of the run")
+    table = Table(title=str(path))
+    table.add_column("phase")
+    for heading in ("updates", "loss", "nll", "entropy", "clip fraction", "ratio max", "skipped"):
+        table.add_column(heading, justify="right")
+    skipped_before = 0.0  # the record counts skipped updates from the start of the run
+    for phase in phases(records):
+        skipped = max(phase.values("train/skipped_updates"), default=skipped_before)
+        table.add_row(
+            phase.title,
+            str(len(phase.records)),
+            first_last(phase, "train/loss"),
+            first_last(phase, "objective/nll"),
+            first_last(phase, "policy/entropy"),
+            over(fmean, phase, "objective/clip_fraction"),
+            over(max, phase, "objective/ratio_max"),
+            f"{skipped - skipped_before:.0f}",
+        )
+        skipped_before = skipped
+    return table
+
+
+def first_last(phase: Phase, key: str) -> str:
+    values = phase.values(key)
+    return f"{values[0]:.4f} → {values[-1]:.4f}" if values else "–"
+
+
+def over(reduce: Callable[[list[float]], float], phase: Phase, key: str) -> str:
+    values = phase.values(key)
+    return f"{reduce(values):.4f}" if values else "–"

@@ -1,0 +1,1 @@
+"""Batches to updates: the loop, the update, the optimizer, the source of samples."""

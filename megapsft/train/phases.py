@@ -1,0 +1,62 @@
+"""A run is one or two phases of steps: plain SFT to warm up, then the objective with a fresh optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from megapsft.config import Config, OptimizerConfig
+from megapsft.objectives.registry import build_objective
+from megapsft.types import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    name: str  # "warmup" or "train"
+    objective_name: str
+    objective: Objective
+    optimizer: OptimizerConfig
+    first_step: int
+    steps: int
+
+    @property
+    def end(self) -> int:
+        return self.first_step + self.steps
+
+
+def phases(config: Config) -> tuple[Phase, ...]:
+    """The phases of the run, in order; a phase of no steps is left out.
+
+    Raises:
+        Refused: unknown objective or option.
+    """
+    train, warmup = config.train, []
+    if train.sft_warmup_steps:
+        constant = dataclasses.replace(
+            config.optimizer, lr=train.sft_warmup_lr, lr_decay_style="constant", lr_warmup_steps=0, min_lr=0.0
+        )
+        sft = build_objective({"name": "sft"})
+        warmup.append(
+            Phase(
+                name="warmup",
+                objective_name="sft",
+                objective=sft,
+                optimizer=constant,
+                first_step=0,
+                steps=train.sft_warmup_steps,
+            )
+        )
+    objective = Phase(
+        name="train",
+        objective_name=config.objective["name"],
+        objective=build_objective(config.objective),
+        optimizer=config.optimizer,
+        first_step=train.sft_warmup_steps,
+        steps=train.steps,
+    )
+    return (*warmup, objective)
+
+
+def phase_of(all_phases: tuple[Phase, ...], step: int) -> Phase:
+    """The phase that `step` belongs to."""
+    return next(phase for phase in all_phases if step < phase.end)

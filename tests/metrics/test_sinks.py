@@ -1,0 +1,84 @@
+"""Sinks. Not here: wandb online, which needs an account."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megapsft.metrics.records import read_records
+from megapsft.metrics.sinks import Sinks, TensorBoard, WandB
+
+UPDATE = {"update": 8, "step": 1, "phase": "train", "objective": "psft", "train/loss": -1.0, "objective/nll": 0.5}
+STEP = UPDATE | {"train/loss": -1.1}
+
+
+def read_tensorboard(directory):
+    """{tag: [(x, value), ...]}"""
+    events = EventAccumulator(str(directory))
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_the_same_keys_everywhere(tmp_path):
+    sinks = Sinks(tmp_path, [TensorBoard(tmp_path / "tensorboard")])
+    sinks.write_update(UPDATE)
+    sinks.write_step(STEP)
+    sinks.close()
+    assert read_records(tmp_path / "metrics.jsonl") == [UPDATE]
+    assert read_records(tmp_path / "steps.jsonl") == [STEP]
+    assert read_tensorboard(tmp_path / "tensorboard") == {
+        "train/loss": [(8, -1.0)],
+        "objective/nll": [(8, 0.5)],
+        "step/train/loss": [(8, pytest.approx(-1.1))],
+        "step/objective/nll": [(8, 0.5)],
+    }
+
+
+def test_resuming_forgets_what_will_come_again(tmp_path):
+    sinks = Sinks(tmp_path, [TensorBoard(tmp_path / "tensorboard")])
+    for update in (1, 2, 3):
+        sinks.write_update({"update": update, "train/loss": 1.0})
+        sinks.write_step({"update": update, "train/loss": 1.0})
+    sinks.close()
+
+    sinks = Sinks(tmp_path, [TensorBoard(tmp_path / "tensorboard", resumed_at=1)])
+    sinks.resume(1)
+    sinks.write_update({"update": 2, "train/loss": 2.0})
+    sinks.close()
+    assert [record["update"] for record in read_records(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert [record["update"] for record in read_records(tmp_path / "steps.jsonl")] == [1]
+    assert read_tensorboard(tmp_path / "tensorboard") == {"train/loss": [(1, 1.0), (2, 2.0)], "step/train/loss": [(1, 1.0)]}
+
+
+def test_wandb_offline_goes_on_under_the_same_id(tmp_path):
+    for update in (1, 2):
+        sinks = Sinks(tmp_path, [WandB(tmp_path, project="test", mode="offline", config={"train.steps": 2})])
+        sinks.write_update({"update": update, "phase": "train", "train/loss": 0.25})
+        sinks.close()
+        if update == 1:
+            first_id = (tmp_path / "wandb_id").read_text()
+    assert (tmp_path / "wandb_id").read_text() == first_id
+    logs = list(tmp_path.glob(f"wandb/offline-run-*-{first_id}/run-{first_id}.wandb"))
+    assert len(logs) == 2
+    assert all(b"train/loss" in log.read_bytes() for log in logs)
+
+
+@pytest.mark.parametrize(
+    ("package", "make", "said"),
+    [
+        ("wandb", "WandB('.', project='p', mode='offline')", "log.wandb=disabled"),
+        ("tensorboard", "TensorBoard('.')", "log.tensorboard=false"),
+    ],
+)
+def test_a_missing_package_is_refused_with_the_remedy(tmp_path, package, make, said):
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('No module named {package!r}')".replace("'", '"', 2))
+    code = f"from megapsft.metrics.sinks import *\ntry:\n    {make}\nexcept Refused as error:\n    print(error)"
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert "megapsft[track]" in run.stdout, run.stderr
+    assert said in run.stdout
