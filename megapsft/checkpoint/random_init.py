@@ -46,7 +46,7 @@ def init_model(
     dtype: Literal["float32", "bfloat16"] = "float32",
     seed: int = 1234,
 ) -> Path:
-    """Write a Hugging Face model folder and give its path: config, random weights, tokenizer with a ChatML template, generation config.
+    """Write a Hugging Face model folder, with a tokenizer and its ChatML template, and give its path.
 
     The tokenizer is a byte-level BPE, digits one by one, trained on the prompts and demonstrations of `data_path`. The model's
     vocabulary is exactly the tokenizer's: at most `vocab_size` tokens, fewer where the texts do not give as many, not padded.

@@ -54,6 +54,11 @@ class PerToken:
                 "leave it out, or use sum-over-B-Lmax or sum-over-Lmax",
             )
 
+    @property
+    def selects(self) -> bool:
+        """Whether `select` names fewer than all trained tokens."""
+        return False
+
     def select(self, batch: Microbatch) -> Tensor | None:
         """[B, S] bool: the tokens that the loss weights are renormalised to; None where it is every trained token.
 

@@ -66,8 +66,12 @@ class PSFT(PerToken):
     def needs(self) -> frozenset[str]:
         return frozenset({"old_logprobs"} if self.entropy_threshold is None else {"old_logprobs", "old_entropy"})
 
+    @property
+    def selects(self) -> bool:
+        return self.entropy_denominator == "selected"
+
     def select(self, batch: Microbatch) -> Tensor | None:
-        return self._advantage(batch) if self.entropy_denominator == "selected" else None
+        return self._advantage(batch) if self.selects else None
 
     def __call__(self, output: PolicyOutput, batch: Microbatch) -> tuple[Tensor, Mapping[str, Metric]]:
         """Losses [B, S] of the dtype of `output.logprobs`, 0 where masked, and the metrics.

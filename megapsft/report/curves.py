@@ -65,7 +65,7 @@ def draw_curves(runs: Mapping[str, str | Path], out_png: str | Path) -> None:
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.margins(x=0)
-        if logarithmic:
+        if logarithmic and any(value > 0 for records in loaded.values() for value in series(records, key)):
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))

@@ -80,7 +80,7 @@ def worst(case: dict[str, Any], dtype: torch.dtype) -> tuple[float, str]:
     try:
         return max(deviations(case["outputs"], EVALUATORS[case["objective"]](case, dtype), dtype))
     except Exception as error:  # one malformed case must not hide the verdict on the others
-        return float("inf"), f"{type(error).__name__}: {error}"
+        return float("inf"), " ".join(f"{type(error).__name__}: {error}".split())[:120]
 
 
 def label(case: dict[str, Any]) -> str:
