@@ -6,6 +6,7 @@ Everything not named here is torch's own `torch.cuda`.
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 import types
 from typing import Any
@@ -90,6 +91,7 @@ FloatTensor, HalfTensor, BFloat16Tensor = torch.FloatTensor, torch.HalfTensor, t
 manual_seed = manual_seed_all = torch.default_generator.manual_seed
 seed, initial_seed = torch.seed, torch.initial_seed
 default_generators = _Generators()
+random = sys.modules[__name__]  # torch.cuda.random has the generator's functions again
 nvtx = types.SimpleNamespace(range_push=_nothing, range_pop=_nothing, range=_context, mark=_nothing)
 
 

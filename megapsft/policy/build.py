@@ -88,7 +88,8 @@ def transformer_config(
         sequence_parallel=mesh.sequence_parallel,
         overlap_p2p_comm=mesh.overlap_p2p_comm,
         batch_p2p_comm=mesh.batch_p2p_comm,
-        deallocate_pipeline_outputs=True,
+        # gloo may still be sending an output when it is deallocated; CUDA streams keep the order
+        deallocate_pipeline_outputs=torch.cuda.is_available(),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,

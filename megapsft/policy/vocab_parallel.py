@@ -157,9 +157,9 @@ def _shard_stats(hidden: Tensor, shard: Tensor, labels: Tensor, first: int, exac
 
 def _merge(stats: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The statistics of the whole vocabulary from those of the shards, in the same order on every rank."""
-    shards = stats.new_empty(group.size(), *stats.shape)
+    shards = stats.new_empty(group.size() * stats.shape[0], stats.shape[1])
     dist.all_gather_into_tensor(shards, stats, group=group)
-    tops, totals, weighteds, targets = shards.unbind(1)
+    tops, totals, weighteds, targets = shards.view(group.size(), *stats.shape).unbind(1)
     top = tops.amax(dim=0)
     scale = (tops - top).exp_()
     return top, (totals * scale).sum(dim=0), (weighteds * scale).sum(dim=0), targets.sum(dim=0)

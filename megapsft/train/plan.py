@@ -72,6 +72,8 @@ class RunPlan:
     def layout(self, data_parallel_rank: int = 0, context_parallel_rank: int = 0) -> Layout:
         """How samples are packed for one rank."""
         mesh, data = self.mesh, self.config.data
+        # pipelines pass on tensors of one shape; the allgather dispatcher collects equal parts of all its ranks
+        gathers = mesh.ep > 1 and self.config.model.moe_token_dispatcher_type == "allgather"
         return Layout(
             packing=data.packing,
             pack_length=data.pack_length,
@@ -83,7 +85,7 @@ class RunPlan:
             tensor_parallel_size=mesh.tp,
             sequence_parallel=mesh.sequence_parallel,
             microbatch_multiple=mesh.pp if mesh.vpp > 1 else 1,  # Megatron's interleaved schedule
-            equal_lengths=mesh.pp > 1,
+            equal_lengths=mesh.pp > 1 or gathers,
         )
 
     def first_update(self) -> list[list[Plan]]:

@@ -59,6 +59,7 @@ def update(policy: Policy, objective: Objective, optimizer: ChainedOptimizer, mi
             reduction.add({**metrics, "policy/entropy": entropy}, microbatch.loss_mask)
         return loss, loss.detach().double()
 
+    optimizer.zero_grad()  # or the first microbatch would be added to what the last step left in param.grad
     losses = forward_backward(policy, minibatch, consume)
     loss = sum(losses if counts else (), torch.zeros((), dtype=torch.float64, device=policy.device))
     dist.all_reduce(loss)

@@ -12,14 +12,15 @@ from safetensors.torch import load_file
 
 from megapsft.checkpoint.hf import export_stream, import_hf, read_config
 from megapsft.config import ModelConfig, ParallelConfig
+from megapsft.errors import Refused
 from megapsft.models.families import family_of
 from megapsft.parallel import initialize, plan_mesh, shutdown
-from megapsft.policy.build import build_chunks, model_shape, transformer_config
+from megapsft.policy.build import build_chunks, distribute, model_shape, transformer_config
 from tests.ranks import run_ranks
 
 VOCAB = 131  # prime: every split pads it
-SIZES = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=128, attn_implementation="eager")  # fmt: skip
+SIZES = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=128, attn_implementation="eager")  # fmt: skip
 DEFAULT = dict(rope_type="default", rope_theta=1e6)
 LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=3.0, low_freq_factor=1.0, high_freq_factor=3.5,
               original_max_position_embeddings=24)  # fmt: skip
@@ -47,7 +48,7 @@ LAYOUTS = [
 ]
 
 
-def make(name: str, folder: Path) -> None:
+def make(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """A random model whose norms and biases, too, are not what an untouched parameter would hold."""
     prefix, options = MODELS[name]
     torch.manual_seed(0)
@@ -56,24 +57,33 @@ def make(name: str, folder: Path) -> None:
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in parameter_name else 0.0, 0.2 if parameter.ndim == 1 else 0.06)
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
 
 
 def token_ids() -> torch.Tensor:
     return torch.randint(0, VOCAB, (2, 48), generator=torch.Generator().manual_seed(1))
 
 
-def megatron(folder: Path, world_size: int, split: dict):
-    """Runs on every rank: logits [2, 48, VOCAB] where one rank has them all, and what rank 0 exports."""
-    parallel, model = ParallelConfig(**split), ModelConfig(dtype="float32", moe_token_dispatcher_type="allgather")
+def start(folder: Path, world_size: int, split: dict, dtype: str = "float32"):
+    """The model of `folder` on this rank, every parameter NaN, wrapped where it is bfloat16."""
+    parallel, model = ParallelConfig(**split), ModelConfig(dtype=dtype, moe_token_dispatcher_type="allgather")
     hf = read_config(folder)
     family = family_of(hf)
     mesh = plan_mesh(parallel, world_size, model_shape(hf), torch.cuda.is_available(), model.moe_token_dispatcher_type)
     initialize(mesh, parallel, seed=1)
-    chunks = build_chunks(transformer_config(family, hf, model, parallel, mesh), hf, model, mesh)
+    config = transformer_config(family, hf, model, parallel, mesh)
+    chunks = build_chunks(config, hf, model, mesh)
+    if config.bf16:
+        chunks = distribute(chunks, config, parallel)
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.data.fill_(float("nan"))
+    return chunks, hf
+
+
+def megatron(folder: Path, world_size: int, split: dict, dtype: str = "float32"):
+    """Runs on every rank: whether all was filled, logits [2, 48, VOCAB] where one rank has them, what it exports (as fp32)."""
+    chunks, hf = start(folder, world_size, split, dtype)
     import_hf(chunks, folder, hf)
     filled = all(parameter.isfinite().all() for chunk in chunks for parameter in chunk.parameters())
     logits = None
@@ -81,19 +91,35 @@ def megatron(folder: Path, world_size: int, split: dict):
         ids = token_ids()
         with torch.no_grad():
             logits = chunks[0].eval()(ids, torch.arange(48).expand_as(ids), None)[..., :VOCAB].numpy()
-    exported = [(name, None if tensor is None else tensor.numpy()) for name, tensor in export_stream(chunks, hf)]
+    exported = []
+    for name, tensor in export_stream(chunks, hf):
+        assert tensor is None or str(tensor.dtype) == f"torch.{dtype}"
+        exported.append((name, None if tensor is None else tensor.float().numpy()))
     shutdown()
     return filled, logits, exported
+
+
+def mismatched(built: Path, imported: Path) -> list[str]:
+    """Runs on one rank: what import and export of one model into another are refused with."""
+    chunks, _ = start(built, 1, {})
+    hf, messages = read_config(imported), []
+    for attempt in (lambda: import_hf(chunks, imported, hf), lambda: list(export_stream(chunks, hf))):
+        try:
+            attempt()
+        except Refused as refusal:
+            messages.append(str(refusal))
+    shutdown()
+    return messages
 
 
 def check_export(folder: Path, results: list) -> None:
     """That rank 0 has the source's tensors bit by bit, and the other ranks the same names."""
     source = load_file(folder / "model.safetensors")
     _, _, first = results[0]
-    assert [name for name, _ in first] == [rule_source for rule_source in sources(folder)]
+    assert [name for name, _ in first] == sources(folder)
     assert {name for name, _ in first} == set(source)
     for name, array in first:
-        assert torch.equal(torch.from_numpy(array), source[name]), name
+        assert torch.equal(torch.from_numpy(array), source[name].float()), name
     for filled, _, exported in results:
         assert filled
         assert [name for name, _ in exported] == [name for name, _ in first]
@@ -120,3 +146,32 @@ def test_logits_are_those_of_transformers_and_the_weights_come_back(name, tmp_pa
 def test_every_split_gives_the_weights_back(name, world_size, split, tmp_path):
     make(name, tmp_path)
     check_export(tmp_path, run_ranks(world_size, megatron, tmp_path, world_size, split))
+
+
+def test_wrapped_for_mixed_precision_and_a_sharded_optimizer(tmp_path):
+    make("qwen3", tmp_path, torch.bfloat16)
+    split = {**TP2, "use_distributed_optimizer": True}
+    check_export(tmp_path, run_ranks(4, megatron, tmp_path, 4, split, "bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("built", "imported", "message"),
+    [
+        (
+            "qwen3",
+            "llama",
+            "parameter decoder.layers.0.self_attention.q_layernorm.weight: is not a parameter of LlamaForCausalLM",
+        ),
+        (
+            "llama",
+            "qwen3",
+            "parameter decoder.layers.0.self_attention.q_layernorm.weight: is not in the model, but in the checkpoint",
+        ),
+    ],
+)
+def test_no_parameter_is_lost_or_left_over_in_silence(built, imported, message, tmp_path):
+    for name in (built, imported):
+        make(name, tmp_path / name)
+    messages = run_ranks(1, mismatched, tmp_path / built, tmp_path / imported)[0]
+    assert len(messages) == 2
+    assert all(text.startswith(message) for text in messages)

@@ -1,0 +1,94 @@
+"""A split against one rank."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from megapsft.checkpoint.random_init import init_model
+from megapsft.config import ColumnsConfig
+from megapsft.data.arithmetic import generate, write_jsonl
+from tests.invariants.measure import measure
+from tests.invariants.splits import REFERENCE, Split
+from tests.ranks import run_ranks
+
+GRADIENT_TOLERANCE, LOSS_TOLERANCE = 1e-5, 1e-6
+SAMPLES = 16
+FAMILIES = {"dense": "qwen3", "moe": "qwen3_moe"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    kind: str
+    objective: str
+    split: str
+    loss_difference: float  # relative
+    gradient_difference: float  # largest over tensors: |g - g1| / |g1|
+    tensor: str  # where it is largest
+    clip_fraction: float
+
+    @property
+    def passed(self) -> bool:
+        return self.gradient_difference <= GRADIENT_TOLERANCE and self.loss_difference <= LOSS_TOLERANCE
+
+
+class Comparison:
+    """Models, data and the gradients on one rank, made once in `folder`."""
+
+    def __init__(self, folder: Path):
+        self.folder, self._references = folder, {}
+        self.data = folder / "data.jsonl"
+        write_jsonl(self.data, generate(64, 7))
+
+    def rows(self, kind: str, split: Split) -> list[Row]:
+        """Both objectives on `split`."""
+        ours, reference = self._measure(kind, split), self._reference(kind)
+        rows = []
+        for name, result in ours.items():
+            expected = reference[name]
+            losses = result["metrics"]["train/loss"], expected["metrics"]["train/loss"]
+            assert result["gradient"].keys() == expected["gradient"].keys()
+            distances = {
+                tensor: float((result["gradient"][tensor] - g).double().norm() / g.double().norm())
+                for tensor, g in expected["gradient"].items()
+            }
+            worst = max(distances, key=distances.get)
+            clipped = result["metrics"]["objective/clip_fraction"]
+            loss = abs(losses[0] - losses[1]) / abs(losses[1])
+            rows.append(Row(kind, name, split.name, loss, distances[worst], worst, clipped))
+        return rows
+
+    def _reference(self, kind: str) -> dict[str, dict]:
+        if kind not in self._references:
+            self._references[kind] = self._measure(kind, REFERENCE)
+        return self._references[kind]
+
+    def _measure(self, kind: str, split: Split) -> dict[str, dict]:
+        old, new = self._models(kind)
+        return run_ranks(split.world, measure, old, new, self.data, split.options, SAMPLES)[0]
+
+    def _models(self, kind: str) -> tuple[Path, Path]:
+        """A random model with weights large enough that attention and routing matter, and one some updates away from it."""
+        old, new = self.folder / f"{kind}-old", self.folder / f"{kind}-new"
+        if not old.exists():
+            columns = ColumnsConfig(prompt="question", demonstration="answer")
+            for folder in (old, new):
+                init_model(family=FAMILIES[kind], data_path=self.data, columns=columns, out_dir=folder, vocab_size=307,
+                           hidden_size=64, intermediate_size=128, seed=1)  # fmt: skip
+            generator = torch.Generator().manual_seed(3)
+            weights = load_file(old / "model.safetensors")
+            weights = {name: w if w.dim() == 1 else w * 4 for name, w in weights.items()}
+            moved = {name: w + 0.01 * torch.randn(w.shape, generator=generator) for name, w in weights.items()}
+            save_file(weights, old / "model.safetensors", metadata={"format": "pt"})
+            save_file(moved, new / "model.safetensors", metadata={"format": "pt"})
+        return old, new
+
+
+def to_json(rows: list[Row]) -> str:
+    return json.dumps([row.__dict__ | {"passed": row.passed} for row in rows], indent=1)

@@ -1,0 +1,85 @@
+"""Loss and whole gradient of one update, measured on the ranks of a split by the code that trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megapsft.checkpoint.hf import export_stream, import_hf
+from megapsft.config import load_config
+from megapsft.objectives.registry import build_objective
+from megapsft.parallel import initialize, shutdown
+from megapsft.policy.build import Policy
+from megapsft.policy.forward import with_old_policy
+from megapsft.train.optimizer import build_optimizer
+from megapsft.train.plan import plan_run
+from megapsft.train.run import Run, build_policy
+from megapsft.train.update import update
+
+OBJECTIVES = {"sft": {"name": "sft"}, "psft": {"name": "psft", "clip_high": 0.28}}
+CLIP = 1e9  # gradients as they are
+
+
+def measure(old: Path, new: Path, data: Path, options: tuple[str, ...], samples: int) -> dict[str, dict]:
+    """By objective: `metrics` of the update, and on rank 0 `gradient`, whole tensors by their Hugging Face names.
+
+    The old policy has the weights of `old`, the trained one those of `new`, so that ratios are not 1. Nothing is updated: lr 0.
+    """
+    config = load_config(
+        None,
+        [
+            f"model.path={old}", f"data.path={data}", "data.columns.prompt=question", "data.columns.demonstration=answer",
+            "model.dtype=float32", "model.make_vocab_size_divisible_by=16", f"train.batch_size={samples}",
+            f"optimizer.clip_grad={CLIP}", "optimizer.weight_decay=0", "model.logprob_chunk_bytes=60000", *options,
+        ],
+    )  # fmt: skip
+    plan = plan_run(config, dist_world_size())
+    initialize(plan.mesh, config.parallel, seed=1)
+    policy = build_policy(plan)
+    optimizer = build_optimizer(config.optimizer, config.parallel, policy)
+    run = Run(plan, policy, optimizer, None, None, None)
+    results = {}
+    for name, section in OBJECTIVES.items():
+        objective = build_objective(section)
+        import_hf(policy.gpt_models(), old, plan.hf)
+        (minibatch,) = run.pack(plan.source.next_samples(0), objective).minibatches
+        if objective.needs:
+            minibatch = with_old_policy(policy, minibatch)
+        import_hf(policy.gpt_models(), new, plan.hf)
+        report = update(policy, objective, optimizer, minibatch, lr=0.0)
+        assert report.skipped is None, report.skipped
+        results[name] = {"metrics": report.metrics, "gradient": whole_gradient(policy)}
+    shutdown()
+    return results
+
+
+def dist_world_size() -> int:
+    import os
+
+    return int(os.environ["WORLD_SIZE"])
+
+
+@torch.no_grad()
+def whole_gradient(policy: Policy) -> dict[str, torch.Tensor]:
+    """The gradient in `main_grad` of all ranks, by the path on which weights are exported; empty but on rank 0."""
+    for chunk in policy.chunks:
+        if chunk.ddp_config.use_distributed_optimizer:
+            _gather_shards(chunk)
+    weights = [(p, p.data) for chunk in policy.chunks for p in chunk.parameters()]
+    for p, _ in weights:
+        p.data = p.main_grad.clone()
+    gradient = {name: tensor.clone() for name, tensor in export_stream(policy.gpt_models(), policy.hf) if tensor is not None}
+    for p, data in weights:
+        p.data = data
+    return gradient
+
+
+def _gather_shards(chunk: torch.nn.Module) -> None:
+    """With ZeRO-1 a rank holds the reduced gradient of its shard of each bucket only."""
+    for buffer in chunk.buffers + chunk.expert_parallel_buffers:
+        group = buffer.data_parallel_group
+        for bucket in buffer.buckets:
+            shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
