@@ -172,6 +172,9 @@ def initialize(mesh: Mesh, parallel: ParallelConfig, seed: int) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    from megapsft.platform.compat import hush
+
+    hush()
     on_cuda = torch.cuda.is_available()
     if on_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -100,11 +100,10 @@ class Checkpoints:
         same_mesh = state["mesh"] == _mesh(policy)
         if optimizer is not None and same_mesh:
             content["rng"] = _generators()
-        asked = content["model"]
         loaded = dist_checkpointing.load(content, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
         _fill(policy.gpt_models(), loaded["model"])
         if optimizer is not None:
-            load_state(optimizer, asked, loaded["optimizer"], state["adam_step"])
+            load_state(optimizer, model_state(policy.gpt_models()), loaded["optimizer"], state["adam_step"])
             if same_mesh:
                 _restore_generators(loaded["rng"].data if isinstance(loaded["rng"], ShardedObject) else loaded["rng"])
 

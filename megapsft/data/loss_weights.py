@@ -29,14 +29,14 @@ def loss_weights(mask: Iterable, aggregation: str, max_response_length: int | No
         mask: one bool array [n_i] a sample, of any lengths; a [B, L] array or tensor is such a sequence of rows.
 
     Returns:
-        One fp32 array a sample, of the length of its mask.
+        One fp64 array a sample, of the length of its mask.
 
     Raises:
         Refused: an unknown aggregation, or one over L without max_response_length.
 
     Example:
         >>> loss_weights([np.array([False, True, True]), np.array([True])], "seq-mean-token-mean")
-        [array([0.  , 0.25, 0.25], dtype=float32), array([0.5], dtype=float32)]
+        [array([0.  , 0.25, 0.25]), array([0.5])]
     """
     if aggregation not in AGGREGATIONS:
         raise Refused(f"aggregation={aggregation!r}", "is not known", f"use one of {', '.join(AGGREGATIONS)}")
@@ -58,4 +58,4 @@ def loss_weights(mask: Iterable, aggregation: str, max_response_length: int | No
         case "sum-over-Lmax":
             denominators = np.full(len(rows), max_response_length)
     weights = 1.0 / np.maximum(denominators, 1.0)  # a sample without trained tokens has a mask of zeros to multiply with
-    return [(row * weight).astype(np.float32) for row, weight in zip(rows, weights, strict=True)]
+    return [row * weight for row, weight in zip(rows, weights, strict=True)]

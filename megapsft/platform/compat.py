@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 from megapsft.platform.cpu import has_cuda
@@ -15,6 +16,12 @@ def have_transformer_engine() -> bool:
     from megatron.core.extensions import transformer_engine
 
     return bool(transformer_engine.HAVE_TE)
+
+
+def hush() -> None:
+    """Silence what Megatron and torch warn about Megatron's own use of old names: no news for a user, once a rank a call."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", message="full scope is deprecated|.*CUDA_DEVICE_MAX_CONNECTIONS")
 
 
 def save_checkpoint(sharded_state_dict: dict, path: str, **options: Any) -> Any:

@@ -94,7 +94,8 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=True,  # gradients are summed, then divided once by the update's number of tokens
-        perform_initialization=False,  # every parameter is filled by the import, or it is refused
+        # the import fills every parameter, but Megatron marks tensor-parallel ones, without which norms are wrong, only here
+        perform_initialization=True,
         use_cpu_initialization=not torch.cuda.is_available(),
         attention_softmax_in_fp32=True,
         bias_dropout_fusion=False,

@@ -37,7 +37,7 @@ def test_all_masked_weighs_nothing(aggregation):
 def test_masked_tokens_weigh_nothing_and_trained_ones_something(aggregation):
     for row, mask in zip(loss_weights(EMPTY_ROW, aggregation, 4), EMPTY_ROW, strict=True):
         assert np.array_equal(row > 0, mask)
-        assert row.dtype == np.float32
+        assert row.dtype == np.float64
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -51,9 +51,9 @@ def test_a_tensor_is_taken_as_well():
     assert np.array_equal(loss_weights(torch.from_numpy(FULL), "token-mean"), loss_weights(FULL, "token-mean"))
 
 
-def test_weights_are_rounded_once_from_fp64():
+def test_weights_are_fp64():
     weights = loss_weights([np.ones(3_000_001, dtype=bool)], "token-mean")[0]
-    assert weights[0] == np.float32(1 / 3_000_001)
+    assert weights[0] == 1 / 3_000_001
 
 
 def test_an_unknown_aggregation_is_refused():

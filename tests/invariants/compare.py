@@ -46,9 +46,14 @@ class Comparison:
         self.data = folder / "data.jsonl"
         write_jsonl(self.data, generate(64, 7))
 
-    def rows(self, kind: str, split: Split) -> list[Row]:
-        """Both objectives on `split`."""
-        ours, reference = self._measure(kind, split), self._reference(kind)
+    def at_old_policy(self, kind: str, split: Split) -> dict[str, dict]:
+        """Metrics and gradients by objective, where the trained policy is the old one."""
+        old, _ = self._models(kind)
+        return run_ranks(split.world, measure, old, old, self.data, split.options, SAMPLES)[0]
+
+    def rows(self, kind: str, split: Split, samples: int = SAMPLES) -> list[Row]:
+        """Both objectives on `split`; with fewer `samples` than the reference has, they must differ."""
+        ours, reference = self._measure(kind, split, samples), self._reference(kind)
         rows = []
         for name, result in ours.items():
             expected = reference[name]
@@ -58,6 +63,8 @@ class Comparison:
                 tensor: float((result["gradient"][tensor] - g).double().norm() / g.double().norm())
                 for tensor, g in expected["gradient"].items()
             }
+            norms = result["metrics"]["train/grad_norm"], expected["metrics"]["train/grad_norm"]
+            distances["(global norm)"] = abs(norms[0] - norms[1]) / norms[1]
             worst = max(distances, key=distances.get)
             clipped = result["metrics"]["objective/clip_fraction"]
             loss = abs(losses[0] - losses[1]) / abs(losses[1])
@@ -66,12 +73,12 @@ class Comparison:
 
     def _reference(self, kind: str) -> dict[str, dict]:
         if kind not in self._references:
-            self._references[kind] = self._measure(kind, REFERENCE)
+            self._references[kind] = self._measure(kind, REFERENCE, SAMPLES)
         return self._references[kind]
 
-    def _measure(self, kind: str, split: Split) -> dict[str, dict]:
+    def _measure(self, kind: str, split: Split, samples: int) -> dict[str, dict]:
         old, new = self._models(kind)
-        return run_ranks(split.world, measure, old, new, self.data, split.options, SAMPLES)[0]
+        return run_ranks(split.world, measure, old, new, self.data, split.options, samples)[0]
 
     def _models(self, kind: str) -> tuple[Path, Path]:
         """A random model with weights large enough that attention and routing matter, and one some updates away from it."""

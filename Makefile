@@ -1,0 +1,54 @@
+# `make help` lists what there is. Python 3.11 or newer: PYTHON names it.
+PYTHON ?= python3
+PY := .venv/bin/python
+FILE ?= tests/oracles/vectors.json
+.DEFAULT_GOAL := help
+
+## venv        the environment in .venv; does nothing where nothing changed
+.PHONY: venv
+venv: .venv/.installed
+
+.venv/.installed: setup.py requirements/laptop.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "make: needs Python 3.11 or newer, and $(PYTHON) is not; name another: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
+	@echo "installing into .venv (a few minutes, once)"
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet -c requirements/laptop.txt -e ".[laptop]"
+	@touch $@
+
+## quickstart  train, export and sample a small mixture of experts on this machine: about four minutes, no GPU, no download
+.PHONY: quickstart
+quickstart: venv
+	$(PY) -m quickstart
+
+## test        lint and the whole test suite
+.PHONY: test
+test: venv
+	$(PY) -m ruff check .
+	$(PY) -m pytest
+
+## invariants  every parallel split against one process: loss and gradient
+.PHONY: invariants
+invariants: venv
+	$(PY) -m tests.invariants
+
+## oracles     objectives against vectors computed elsewhere: make oracles FILE=vectors.json
+.PHONY: oracles
+oracles: venv
+	$(PY) -m tests.oracles $(FILE)
+
+## docs        write docs/configuration.md again, from megapsft/config.py
+.PHONY: docs
+docs: venv
+	$(PY) docs/generate.py
+
+## clean       remove the quickstart's output and the tools' caches; .venv and your runs stay
+.PHONY: clean
+clean:
+	rm -rf runs/quickstart build dist .pytest_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+## help        this list
+.PHONY: help
+help:
+	@sed -n 's/^## /  make /p' Makefile

@@ -1,0 +1,43 @@
+"""Shared by all tests: a small data set and small random models, made once a session."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads of OpenMP do not survive the forks of tests/ranks.py
+
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+from megapsft.checkpoint.random_init import init_model  # noqa: E402
+from megapsft.config import ColumnsConfig  # noqa: E402
+from megapsft.data.arithmetic import generate, write_jsonl  # noqa: E402
+
+COLUMNS = ColumnsConfig(prompt="question", demonstration="answer")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JSONL of 64 generated problems, columns `question` and `answer`."""
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    write_jsonl(path, generate(64, 0))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """family -> folder of a random model of 4 layers, 4 heads, 2 key-value heads (and 8 experts). Never write into it."""
+    root, made = tmp_path_factory.mktemp("models"), {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            made[family] = root / family
+            init_model(
+                family=family, data_path=tiny_data, columns=COLUMNS, out_dir=made[family], vocab_size=307, hidden_size=64,
+                intermediate_size=128, seed=1,
+            )  # fmt: skip
+        return made[family]
+
+    return make
