@@ -6,7 +6,9 @@
 
 One process on the CPU, fp32. Both sides start from the same Hugging Face folder, see the same rows in the same order, and take
 the same AdamW steps with the gradient clipped to a norm of 1; the losses must agree before anything is timed. They work in
-turns, update by update: other work on the machine then slows both, and only ratios of neighbours are claimed.
+turns, update by update: other work on the machine then slows both, and only ratios of neighbours are claimed. CPU time
+of the process is reported next to time on the wall. Threads that wait for each other sleep (OMP_WAIT_POLICY=PASSIVE) unless you
+say otherwise: where they spin, a thread that other work pushed aside makes the rest burn its share, on both sides.
 
 - Ours is the loop of `megapsft train` without checkpoints, all of it: packing, forward, backward, optimizer, metrics, records.
 - The peer is `transformers.Trainer` as its users have it: SDPA attention, rows padded to the longest of the batch, labels of -100
@@ -34,10 +36,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Any
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the figures are of the CPU
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
 
+import numpy as np
 import torch
 import transformers
 import tyro
@@ -71,16 +75,21 @@ class Settings:
     updates: int = 4  # a side, in one round
     psft_rounds: int = 6  # of one step of PSFT and one of SFT
     warmup: int = 3  # updates a side that are not timed
-    threads: Annotated[int, tyro.conf.arg(metavar="INT")] = os.cpu_count() or 1
+    threads: int = os.cpu_count() or 1  # of both sides
     minibatch_size: int = 16  # rows of an update
-    hidden_size: int = 192
+    hidden_size: int = 192  # of the random Qwen3, with 4 heads
     num_layers: int = 4
-    vocab_size: int = 1024
+    vocab_size: int = 1024  # at most; the tokenizer is trained on the rows
     pack_length: int = 4096  # positions of our microbatches
     peer_optim: str = "adamw_torch_fused"  # the Trainer's own default; adamw_torch is the plain one
     model: Path | None = None  # a Hugging Face folder instead of a random Qwen3
     data: Path | None = None  # .jsonl with `question` and `answer` instead of generated arithmetic
     seed: int = 1234
+
+
+def now() -> np.ndarray:
+    """[2]: seconds on the wall, and of CPU time of this process."""
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 @dataclass
@@ -163,13 +172,13 @@ class Turns(transformers.TrainerCallback):
     """Clocks the Trainer's updates; after each, `other` has its turn on the same rows while the Trainer waits."""
 
     def __init__(self, other: Callable[[int], None]):
-        self.other, self.seconds, self.begin = other, [], 0.0
+        self.other, self.seconds, self.begin = other, [], now()
 
     def on_step_begin(self, *args: Any, **options: Any) -> None:
-        self.begin = time.perf_counter()
+        self.begin = now()
 
     def on_step_end(self, *args: Any, **options: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.begin)
+        self.seconds.append(now() - self.begin)
         self.other(len(self.seconds) - 1)
 
 
@@ -258,13 +267,16 @@ def against_trainer(settings: Settings, run: Run, trainer: PeerTrainer, samples:
         SystemExit: the losses of the first update differ.
     """
     size, sft, clock = settings.minibatch_size, phase(run, "sft"), Clock()
-    seconds: list[float] = []
+    seconds: list[np.ndarray] = []
     losses: list[float] = []
 
+    def rows(index: int) -> list[Sample]:
+        return samples[index * size : (index + 1) * size]
+
     def ours(index: int) -> None:
-        begin = time.perf_counter()
-        (report,) = our_updates(run, samples[index * size : (index + 1) * size], sft, 0, clock)
-        seconds.append(time.perf_counter() - begin)
+        begin = now()
+        (report,) = our_updates(run, rows(index), sft, 0, clock)
+        seconds.append(now() - begin)
         losses.append(report.metrics["train/loss"])
         if index == 0:
             check_same_loss(losses[0], trainer.losses[0].item())
@@ -276,21 +288,22 @@ def against_trainer(settings: Settings, run: Run, trainer: PeerTrainer, samples:
 
     theirs = [loss.item() for loss in trainer.losses]
     differences = [abs(a - b) / abs(b) for a, b in zip(losses, theirs, strict=True)]
-    skip = settings.warmup
-    tokens = [sum(map(len, samples[index * size : (index + 1) * size])) for index in range(len(seconds))]
-    rounds = [slice(skip + r * settings.updates, skip + (r + 1) * settings.updates) for r in range(settings.rounds)]
-    longest = [max(map(len, samples[index * size : (index + 1) * size])) for index in range(len(seconds))]
+    timed = range(settings.warmup, len(seconds))
+    tokens = np.array([sum(map(len, rows(index))) for index in timed])
+    padded = np.array([size * max(map(len, rows(index))) for index in timed])
+    times = {"ours": np.array(seconds)[timed], "trainer": np.array(turns.seconds)[timed]}  # [updates, 2]
+    by_round = {side: of.reshape(settings.rounds, settings.updates, 2).sum(axis=1) for side, of in times.items()}
+    tokens_by_round = tokens.reshape(settings.rounds, settings.updates).sum(axis=1)
     return {
         "loss_of_first_update": {"ours": losses[0], "trainer": theirs[0], "relative_difference": differences[0]},
-        "largest_relative_difference_of_losses": max(differences),
-        "seconds": {"ours": seconds[skip:], "trainer": turns.seconds[skip:]},
-        "tokens": tokens[skip:],
-        "padding_of_trainer": 1 - sum(tokens[skip:]) / (size * sum(longest[skip:])),
-        "tokens_per_second": {
-            "ours": [sum(tokens[r]) / sum(seconds[r]) for r in rounds],
-            "trainer": [sum(tokens[r]) / sum(turns.seconds[r]) for r in rounds],
-        },
-        "ratio": [sum(turns.seconds[r]) / sum(seconds[r]) for r in rounds],
+        "relative_differences_of_losses": differences,
+        "tokens": tokens.tolist(),
+        "padding_of_trainer": float(1 - tokens.sum() / padded.sum()),
+        "seconds": {side: of[:, 0].tolist() for side, of in times.items()},
+        "cpu_seconds": {side: of[:, 1].tolist() for side, of in times.items()},
+        "tokens_per_second": {side: (tokens_by_round / of[:, 0]).tolist() for side, of in by_round.items()},
+        "ratio": (by_round["trainer"][:, 0] / by_round["ours"][:, 0]).tolist(),
+        "cpu_ratio": (by_round["trainer"][:, 1] / by_round["ours"][:, 1]).tolist(),
     }
 
 
@@ -303,30 +316,34 @@ def check_same_loss(ours: float, trainer: float) -> None:
 
 def psft_against_sft(settings: Settings, run: Run) -> dict[str, Any]:
     """Whole steps of both objectives on the same rows; who goes first changes every round."""
-    seconds: dict[str, list[float]] = {"sft": [], "psft": []}
-    clocks = {name: Clock() for name in seconds}
-    phases = {name: phase(run, name) for name in seconds}
+    names = ("sft", "psft")
+    seconds: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    clocks = {name: Clock() for name in names}
+    phases = {name: phase(run, name) for name in names}
     tokens = []
     for step in range(settings.psft_rounds):
         samples = run.source.next_samples(step)
         tokens.append(sum(map(len, samples)))
-        for name in ("sft", "psft") if step % 2 == 0 else ("psft", "sft"):
-            clock, begin = clocks[name], time.perf_counter()
-            with clock.watch():
-                our_updates(run, samples, phases[name], step, clock)
-            seconds[name].append(time.perf_counter() - begin)
+        for name in names if step % 2 == 0 else reversed(names):
+            begin = now()
+            with clocks[name].watch():
+                our_updates(run, samples, phases[name], step, clocks[name])
+            seconds[name].append(now() - begin)
+    times = {name: np.array(seconds[name]) for name in names}  # [rounds, 2]
     return {
-        "seconds": seconds,
         "tokens": tokens,
-        "tokens_per_second": {name: [n / s for n, s in zip(tokens, seconds[name], strict=True)] for name in seconds},
-        "ratio": [psft / sft for psft, sft in zip(seconds["psft"], seconds["sft"], strict=True)],
-        "shares": {name: shares(clocks[name], sum(seconds[name])) for name in seconds},
+        "seconds": {name: times[name][:, 0].tolist() for name in names},
+        "cpu_seconds": {name: times[name][:, 1].tolist() for name in names},
+        "tokens_per_second": {name: (np.array(tokens) / times[name][:, 0]).tolist() for name in names},
+        "ratio": (times["psft"] / times["sft"])[:, 0].tolist(),
+        "cpu_ratio": (times["psft"] / times["sft"])[:, 1].tolist(),
+        "shares": {name: shares(clocks[name], times[name][:, 0].sum()) for name in names},
     }
 
 
 def shares(clock: Clock, total: float) -> dict[str, float]:
     """Parts of the whole; the rest is metrics, records and zeroed gradients."""
-    found = {name: seconds / total for name, seconds in clock.seconds.items()}
+    found = {name: float(seconds / total) for name, seconds in clock.seconds.items()}
     return found | {"rest": 1 - sum(found.values())}
 
 
@@ -341,6 +358,7 @@ def machine(threads: int) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "architecture": platform.machine(),
         "threads": threads,
+        "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
         "load_average_at_start": list(load),
         "python": platform.python_version(),
         **versions,
@@ -391,7 +409,12 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
         "machine": here,
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in plain.items() if k != "json"},
         "parameters": parameters,
-        "ratios": {"ours_over_trainer": spread(peer["ratio"]), "psft_over_sft": spread(objectives["ratio"])},
+        "ratios": {
+            "ours_over_trainer": spread(peer["ratio"]),
+            "ours_over_trainer_cpu_time": spread(peer["cpu_ratio"]),
+            "psft_over_sft": spread(objectives["ratio"]),
+            "psft_over_sft_cpu_time": spread(objectives["cpu_ratio"]),
+        },
         "against_trainer": peer,
         "psft_against_sft": objectives,
     }
@@ -411,11 +434,20 @@ def table(result: dict[str, Any]) -> Table:
     add("ours, tokens/s", spread(peer["tokens_per_second"]["ours"]), ",.0f")
     add("Trainer, tokens/s", spread(peer["tokens_per_second"]["trainer"]), ",.0f")
     add("ours / Trainer (aim: 1.0 or more)", ratios["ours_over_trainer"], ".3f")
+    add("ours / Trainer, by CPU time", ratios["ours_over_trainer_cpu_time"], ".3f")
     made.add_section()
     add("SFT step, tokens/s", spread(objectives["tokens_per_second"]["sft"]), ",.0f")
     add("PSFT step, tokens/s", spread(objectives["tokens_per_second"]["psft"]), ",.0f")
     add("time of PSFT / SFT (aim: 1.333 or less)", ratios["psft_over_sft"], ".3f")
+    add("CPU time of PSFT / SFT", ratios["psft_over_sft_cpu_time"], ".3f")
     made.add_section()
+    later = peer["relative_differences_of_losses"]
+    made.add_row(
+        f"loss, ours against Trainer's: apart by, over {len(later)} updates",
+        f"{median(later):.0e}",
+        f"{min(later):.0e}",
+        f"{max(later):.0e}",
+    )
     for part, share in objectives["shares"]["psft"].items():
         made.add_row(f"share of a PSFT step: {part}", f"{share:.1%}", "", "")
     return made

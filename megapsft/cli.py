@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from megapsft.errors import Refused
+
+if TYPE_CHECKING:
+    from megapsft.train.plan import RunPlan
 
 
 def train(
@@ -33,35 +37,35 @@ def train(
     from megapsft.config import load_config
     from megapsft.parallel import smallest_world
     from megapsft.platform.launch import become_world_of_one, joined_world, torchrun
-
-    resolved = load_config(config, OVERRIDES)
-    world = joined_world()
-    if world is not None:
-        return _train_here(resolved, world, show=False)
-    processes = nproc_per_node or max(smallest_world(resolved.parallel), _gpus())
-    if dry_run or processes > 1:
-        from megapsft.report.plan import show_plan
-        from megapsft.train.plan import plan_run
-
-        show_plan(plan_run(resolved, processes), whole=dry_run)  # refuse at the door, before any process starts
-        if dry_run:
-            return 0
-        return torchrun(processes, ["train", str(config), *OVERRIDES])
-    become_world_of_one()
-    return _train_here(resolved, 1, show=True)
-
-
-def _train_here(config, world: int, show: bool) -> int:
-    from megapsft import parallel
     from megapsft.report.plan import show_plan
-    from megapsft.train.loop import train as loop
     from megapsft.train.plan import plan_run
+
+    if nproc_per_node is not None and nproc_per_node < 1:
+        raise Refused(f"--nproc-per-node {nproc_per_node}", "must be 1 or more", "leave it out for as many as the split needs")
+    resolved = load_config(config, OVERRIDES)
+    joined = joined_world()
+    world = joined or nproc_per_node or max(smallest_world(resolved.parallel), _gpus())
+    plan = plan_run(resolved, world)  # refuses at the door, before any process starts
+    if _is_first() and (dry_run or not joined):
+        show_plan(plan, whole=dry_run)
+    if dry_run:
+        return 0
+    if world > 1 and not joined:
+        return torchrun(world, ["train", str(config), *OVERRIDES])
+    if not joined:
+        become_world_of_one()
+    return _train_here(plan)
+
+
+def _train_here(plan: RunPlan) -> int:
+    """As one rank of the world that the environment describes."""
+    from megapsft import parallel
+    from megapsft.platform.compat import hush
+    from megapsft.train.loop import train as loop
     from megapsft.train.run import TrainingStopped, start
 
-    plan = plan_run(config, world)
-    if show:
-        show_plan(plan, whole=False)
-    parallel.initialize(plan.mesh, config.parallel, config.train.seed)
+    hush()
+    parallel.initialize(plan.mesh, plan.config.parallel, plan.config.train.seed)
     try:
         loop(start(plan))
     except TrainingStopped as error:
@@ -121,7 +125,7 @@ def init_model(
 
     For example:
         megapsft init-model --family qwen3_moe --data train.jsonl --out models/tiny
-        megapsft init-model --family qwen3 --data gsm8k.jsonl --prompt-column question --demonstration-column answer --out models/t
+        megapsft init-model --family llama --data gsm8k.jsonl --prompt-column question --demonstration-column answer --out m
 
     Args:
         family: qwen3, qwen3_moe, qwen2 or llama.
@@ -209,16 +213,24 @@ COMMANDS = {
 OVERRIDES: list[str] = []  # the key=value arguments: they may stand anywhere, which argparse does not allow
 
 
+def _is_override(argument: str) -> bool:
+    """`key=value`, and neither an option nor a path with an = in it."""
+    key, equals, _ = argument.partition("=")
+    return bool(equals) and not key.startswith("-") and "/" not in key
+
+
 def _gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
 
 
-def _complain(error: Exception) -> int:
-    import os
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
-    if os.environ.get("RANK", "0") == "0":
+
+def _complain(error: Exception) -> int:
+    if _is_first():
         print(f"megapsft: {error}", file=sys.stderr)
     return 2 if isinstance(error, Refused) else 3
 
@@ -227,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 2 where something was refused, 3 where training stopped itself."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] in (["train"], ["config"]):
-        OVERRIDES[:] = [a for a in arguments[1:] if "=" in a and not a.startswith("-")]
+        OVERRIDES[:] = [a for a in arguments[1:] if _is_override(a)]
         arguments = [a for a in arguments if a not in OVERRIDES]
     try:
         return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="megapsft", args=arguments, description=__doc__)

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 from megapsft.errors import Refused
 
-STRICT = ConfigDict(extra="forbid")
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,6 @@ class ModelConfig:
     path: str = ""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and activations; main parameters are fp32 always
     make_vocab_size_divisible_by: PositiveInt = 128
-    moe_aux_loss_coeff: NonNegativeFloat = 0.0  # routers' load balancing; depends on what shares a microbatch
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     logprob_chunk_bytes: PositiveInt = 64 * 2**20  # fp32 logits held at once by the log-probability head, per rank
 
@@ -162,18 +161,24 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
     return build(Config, tree)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The YAML mapping at `path` over that of its one parent, named by `base:` relative to the file."""
+    if path.resolve() in children:
+        raise Refused(f"{children[-1]}: base", f"makes {path} a parent of itself", "name another file, or none")
     if not path.is_file():
         raise Refused(str(path), "is not a file", "name a config such as configs/psft/tiny-qwen3-gsm8k.yaml")
     try:
         tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise Refused(str(path), f"is not YAML ({' '.join(str(error).split())})", "mend the file") from None
     if not isinstance(tree, dict):
         raise Refused(str(path), f"holds a {type(tree).__name__}", "write a mapping such as `train: {steps: 100}`")
     base = tree.pop("base", None)
-    return merge(read_yaml(path.parent / base), tree) if base else tree
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise Refused(f"{path}: base: {base!r}", "is not a file name", "name one parent, relative to this file")
+    return merge(read_yaml(path.parent / base, (*children, path.resolve())), tree)
 
 
 def merge(tree: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

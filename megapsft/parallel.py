@@ -45,7 +45,8 @@ class Mesh:
 
     def describe(self) -> str:
         sizes = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "cp": self.cp, "ep": self.ep, "etp": self.etp, "dp": self.dp}
-        text = " ".join(f"{name}={size}" for name, size in sizes.items() if size > 1 or name == "dp")
+        usual = dict.fromkeys(sizes, 1) | {"etp": self.tp, "dp": None}
+        text = " ".join(f"{name}={size}" for name, size in sizes.items() if size != usual[name])
         return text + (" sp" if self.sequence_parallel else "")
 
 
@@ -67,8 +68,9 @@ def plan_mesh(parallel: ParallelConfig, world_size: int, model: ModelShape, on_c
     vpp, ep = parallel.virtual_pipeline_model_parallel_size or 1, parallel.expert_model_parallel_size
     etp = parallel.expert_tensor_parallel_size or tp
 
+    _check_model(parallel, model, tp, pp, vpp, ep, etp)
+    fit = smallest_world(parallel)
     if world_size % (tp * pp * cp):
-        fit = smallest_world(parallel)
         raise Refused(
             f"world size {world_size}",
             f"must be a multiple of tensor {tp} x pipeline {pp} x context {cp} = {tp * pp * cp}",
@@ -78,9 +80,8 @@ def plan_mesh(parallel: ParallelConfig, world_size: int, model: ModelShape, on_c
         raise Refused(
             f"world size {world_size}",
             f"must be a multiple of expert tensor {etp} x expert {ep} x pipeline {pp} = {etp * ep * pp}",
-            f"start {smallest_world(parallel)} processes, or a multiple (--nproc-per-node {smallest_world(parallel)})",
+            f"start {fit} processes, or a multiple (--nproc-per-node {fit})",
         )
-    _check_model(parallel, model, tp, pp, vpp, ep, etp)
     sequence_parallel = _sequence_parallel(parallel, model, tp)
 
     if model.num_experts and ep == 1 and etp != tp:
@@ -122,10 +123,9 @@ def plan_mesh(parallel: ParallelConfig, world_size: int, model: ModelShape, on_c
 
 
 def _check_model(parallel: ParallelConfig, model: ModelShape, tp: int, pp: int, vpp: int, ep: int, etp: int) -> None:
-    _divides("tensor_model_parallel_size", tp, "num_attention_heads", model.num_attention_heads)
-    _divides("tensor_model_parallel_size", tp, "num_query_groups (key-value heads)", model.num_query_groups)
-    if model.num_experts is None:
-        _divides("tensor_model_parallel_size", tp, "ffn_hidden_size", model.ffn_hidden_size)
+    heads = {"num_attention_heads": model.num_attention_heads, "num_query_groups (key-value heads)": model.num_query_groups}
+    ffn = {"ffn_hidden_size": model.ffn_hidden_size}
+    _divides("tensor_model_parallel_size", tp, heads if model.num_experts else heads | ffn)
     if vpp > 1 and pp == 1:
         raise Refused(
             f"virtual_pipeline_model_parallel_size={vpp}",
@@ -133,8 +133,8 @@ def _check_model(parallel: ParallelConfig, model: ModelShape, tp: int, pp: int, 
             "leave it out, or split the layers over 2 ranks or more",
         )
     if vpp > 1:
-        _divides("pipeline x virtual pipeline size", pp * vpp, "num_layers", model.num_layers)
-    _divides("pipeline_model_parallel_size", pp, "num_layers", model.num_layers)
+        _divides("pipeline x virtual pipeline size", pp * vpp, {"num_layers": model.num_layers})
+    _divides("pipeline_model_parallel_size", pp, {"num_layers": model.num_layers})
     if model.num_experts is None:
         if ep > 1 or parallel.expert_tensor_parallel_size not in (None, tp):
             raise Refused(
@@ -143,8 +143,8 @@ def _check_model(parallel: ParallelConfig, model: ModelShape, tp: int, pp: int, 
                 "leave both out",
             )
     else:
-        _divides("expert_model_parallel_size", ep, "num_experts", model.num_experts)
-        _divides("expert_tensor_parallel_size", etp, "moe ffn_hidden_size", model.ffn_hidden_size)
+        _divides("expert_model_parallel_size", ep, {"num_experts": model.num_experts})
+        _divides("expert_tensor_parallel_size", etp, {"moe ffn_hidden_size": model.ffn_hidden_size})
 
 
 def _sequence_parallel(parallel: ParallelConfig, model: ModelShape, tp: int) -> bool:
@@ -160,10 +160,12 @@ def _sequence_parallel(parallel: ParallelConfig, model: ModelShape, tp: int) -> 
     return needed or bool(parallel.sequence_parallel)
 
 
-def _divides(name: str, size: int, of: str, number: int) -> None:
-    if number % size:
-        fit = [str(n) for n in range(1, number + 1) if number % n == 0 and n <= 128]
-        raise Refused(f"{name}={size}", f"must divide {of}={number}", "use " + ", ".join(fit))
+def _divides(name: str, size: int, numbers: dict[str, int]) -> None:
+    common = math.gcd(*numbers.values())
+    for of, number in numbers.items():
+        if number % size:
+            fit = [str(n) for n in range(1, common + 1) if common % n == 0 and n <= 128]
+            raise Refused(f"{name}={size}", f"must divide {of}={number}", "use " + ", ".join(fit))
 
 
 def initialize(mesh: Mesh, parallel: ParallelConfig, seed: int) -> None:
@@ -172,9 +174,6 @@ def initialize(mesh: Mesh, parallel: ParallelConfig, seed: int) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from megapsft.platform.compat import hush
-
-    hush()
     on_cuda = torch.cuda.is_available()
     if on_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -14,14 +14,12 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
-
 from megapsft.config import load_config
-from megapsft.report.table import phase_table
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/quickstart.yaml"
 MADE = ("train.jsonl", "heldout.jsonl", "model", "run", "export", "curves.png")  # below the output folder
+WIDTH = "120"  # of tables in a log; a terminal knows its own
 COLUMNS = ("--prompt-column", "question", "--demonstration-column", "answer")
 
 
@@ -48,8 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
         ("megapsft", "init-model", "--family", "qwen3_moe", "--data", train, *COLUMNS, "--vocab-size", "1024", "--out", model),
         ("megapsft", "train", CONFIG, *overrides, "--nproc-per-node", "2"),
         ("megapsft", "export", run, "--out", export),
-        ("megapsft", "curves", run, "--out", curves),
         ("python", "-m", "quickstart.sample", export, heldout, "--unlike", train),
+        ("megapsft", "curves", run, "--out", curves),  # and the table of both phases
     )
     for command in steps:
         if not carry_out(command):
@@ -71,24 +69,18 @@ def carry_out(command: tuple[str, ...]) -> bool:
     """Print the command and run it, with the interpreter that runs this."""
     print(f"\n$ {shlex.join(command)}", flush=True)
     module = {"megapsft": (sys.executable, "-m", "megapsft.cli"), "python": (sys.executable,)}[command[0]]
-    code = subprocess.run([*module, *command[1:]], check=False).returncode
+    environment = os.environ if sys.stdout.isatty() else {"COLUMNS": WIDTH} | os.environ
+    code = subprocess.run([*module, *command[1:]], env=environment, check=False).returncode
     if code:
         print(f"quickstart: the command above failed (exit code {code})", file=sys.stderr)
     return code == 0
 
 
 def report(out: Path, seconds: float) -> None:
-    console = Console()
-    console.print()
-    console.print(phase_table(out / "run" / "metrics.jsonl"))
-    console.print(
-        f"model, for transformers  {out / 'export'}\n"
-        f"curves                   {out / 'curves.png'}\n"
-        f"tensorboard --logdir     {out / 'run' / 'tensorboard'}\n"
-        f"quickstart: done in {seconds:.0f} s",
-        highlight=False,
-        soft_wrap=True,
-    )
+    print(f"\nmodel, for transformers  {out / 'export'}")
+    print(f"curves                   {out / 'curves.png'}")
+    print(f"tensorboard --logdir     {out / 'run' / 'tensorboard'}")
+    print(f"quickstart: done in {seconds:.0f} s")
 
 
 if __name__ == "__main__":

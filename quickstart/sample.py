@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,6 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("problems", type=Path, help=".jsonl with the columns question and answer")
     parser.add_argument("--unlike", type=Path, required=True, help=".jsonl of the training data; its questions are passed over")
     options = parser.parse_args(arguments)
+    disable_progress_bar()
     seen = {row["question"] for row in read(options.unlike)}
     row = next(row for row in read(options.problems) if row["question"] not in seen)
     print(f"question\n{indent(row['question'])}")

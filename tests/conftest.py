@@ -36,7 +36,7 @@ def tiny_models(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
             made[family] = root / family
             init_model(
                 family=family, data_path=tiny_data, columns=COLUMNS, out_dir=made[family], vocab_size=307, hidden_size=64,
-                intermediate_size=128, seed=1,
+                head_dim=16 if family == "qwen2" else 24, intermediate_size=128, seed=1,
             )  # fmt: skip
         return made[family]
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from megapsft.checkpoint.dist import check_architecture, load_model, read_state
 from megapsft.checkpoint.hf import export_stream, read_config, save_hf
+from megapsft.checkpoint.hf_save import check_free
 from megapsft.config import ParallelConfig, load_config
 from megapsft.errors import Refused
 from megapsft.models.families import family_of
 from megapsft.parallel import initialize, plan_mesh, shutdown
+from megapsft.platform.compat import hush
 from megapsft.platform.cpu import has_cuda
 from megapsft.platform.launch import become_world_of_one
 from megapsft.policy.build import DTYPES, build_chunks, model_shape, transformer_config
@@ -34,7 +36,9 @@ def export_run(run: Path, out: Path, checkpoint: str = "latest", dtype: str | No
     hf = read_config(config.model.path)
     check_architecture(path, read_state(path), hf)
     family, parallel = family_of(hf), ParallelConfig()
+    check_free(out)
     become_world_of_one()
+    hush()
     mesh = plan_mesh(parallel, 1, model_shape(hf), has_cuda())
     initialize(mesh, parallel, seed=0)
     try:

@@ -103,12 +103,11 @@ def transformer_config(
         gradient_accumulation_fusion=False,
     )
     if hf.num_experts:
-        balanced = model.moe_aux_loss_coeff > 0
         options |= dict(
             moe_token_dispatcher_type=model.moe_token_dispatcher_type,
             moe_grouped_gemm=have_transformer_engine(),
-            moe_router_load_balancing_type="aux_loss" if balanced else "none",
-            moe_aux_loss_coeff=model.moe_aux_loss_coeff,
+            # no auxiliary loss: with calculate_per_token_loss Megatron scales it by 1 / (tp cp), and it counts padding
+            moe_router_load_balancing_type="none",
         )
     if parallel.recompute_granularity == "full":
         options |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)

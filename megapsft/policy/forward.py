@@ -34,7 +34,7 @@ def forward_backward(policy: Policy, minibatch: Minibatch, consume: Consume) -> 
 
     def loss(microbatch: Microbatch, output: Tensor) -> tuple[Tensor, Tensor, Any]:
         scalar, report = consume(PolicyOutput(logprobs=output[..., 0], entropy=output[..., 1]), microbatch)
-        # Megatron divides gradients by the all-reduced count of positions; its MoE auxiliary loss relies on that very count
+        # Megatron divides gradients by the all-reduced count of positions
         positions = torch.tensor(microbatch.token_ids.numel(), dtype=torch.int, device=output.device)
         return scalar * minibatch.forward_tokens, positions, report
 

@@ -19,6 +19,7 @@ from megapsft.errors import Refused
 from megapsft.models.families import family_of
 from megapsft.models.family import Family
 from megapsft.models.hf_config import HFConfig
+from megapsft.objectives.registry import build_objective
 from megapsft.parallel import Mesh, plan_mesh
 from megapsft.platform.cpu import has_cuda
 from megapsft.policy.build import model_shape
@@ -113,6 +114,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
             f"use {_nearest_divisor(train.batch_size, minibatch)}",
         )
     all_phases = phases(config)
+    config = _with_all_options(config)
     hf = read_config(config.model.path)
     family = family_of(hf)
     mesh = plan_mesh(config.parallel, world_size, model_shape(hf), has_cuda(), config.model.moe_token_dispatcher_type)
@@ -143,6 +145,12 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
     return _with_notes(plan)
 
 
+def _with_all_options(config: Config) -> Config:
+    """The config with the objective's own defaults filled in, so that what a run records does not depend on them."""
+    options = dataclasses.asdict(build_objective(config.objective))
+    return dataclasses.replace(config, objective={"name": config.objective["name"], **options})
+
+
 def run_folder(config: Config) -> Path:
     return Path(config.run.dir)
 
@@ -171,8 +179,8 @@ def _check_continues(plan: RunPlan) -> None:
     file = config_file(plan.config)
     if not file.is_file():
         return
-    before, now = flatten(load_config(file)), flatten(plan.config)
-    for key in sorted(set(before) | set(now)):
+    before, now = flatten(_with_all_options(load_config(file))), flatten(plan.config)
+    for key in sorted(set(before) | set(now), key=lambda key: (key != "objective.name", key)):  # its options follow from it
         if before.get(key) == now.get(key) or key.startswith(MAY_CHANGE):
             continue
         raise Refused(
@@ -204,8 +212,6 @@ def _with_notes(plan: RunPlan) -> RunPlan:
             f"{demonstrations.dropped} of {demonstrations.rows} rows dropped and {demonstrations.truncated} truncated: "
             f"longer than data.max_length={plan.config.data.max_length}."
         )
-    if plan.hf.num_experts and plan.config.model.moe_aux_loss_coeff:
-        notes.append("model.moe_aux_loss_coeff > 0: gradients depend on which samples share a microbatch.")
     if plan.config.train.batch_size > len(demonstrations.samples):
         notes.append(f"train.batch_size exceeds the {len(demonstrations.samples)} samples: a step repeats some of them.")
     return dataclasses.replace(plan, notes=tuple(notes))

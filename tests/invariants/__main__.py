@@ -21,7 +21,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     kinds = (options.kind,) if options.kind else ("dense", "moe")
     start, rows = time.monotonic(), []
-    print(f"{'model':6}{'objective':10}{'split':28}{'loss':>9}{'gradient':>10}{'clipped':>9}  worst tensor", flush=True)
+    heading = f"{'model':6}{'objective':10}{'split':28}{'loss':>9}{'gradient':>10}{'clipped':>9}  {'export':8}worst tensor"
+    print(heading, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         comparison = Comparison(Path(folder))
         for kind in kinds:
@@ -39,7 +40,7 @@ def _line(row: Row) -> str:
     mark = "" if row.passed else "  <-- FAIL"
     return (
         f"{row.kind:6}{row.objective:10}{row.split:28}{row.loss_difference:9.1e}{row.gradient_difference:10.1e}"
-        f"{row.clip_fraction:9.3f}  {row.tensor}{mark}"
+        f"{row.clip_fraction:9.3f}  {'bitwise' if row.bitwise else 'DIFFERS':8}{row.tensor}{mark}"
     )
 
 

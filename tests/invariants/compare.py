@@ -32,10 +32,11 @@ class Row:
     gradient_difference: float  # largest over tensors: |g - g1| / |g1|
     tensor: str  # where it is largest
     clip_fraction: float
+    bitwise: bool  # import then export
 
     @property
     def passed(self) -> bool:
-        return self.gradient_difference <= GRADIENT_TOLERANCE and self.loss_difference <= LOSS_TOLERANCE
+        return self.bitwise and self.gradient_difference <= GRADIENT_TOLERANCE and self.loss_difference <= LOSS_TOLERANCE
 
 
 class Comparison:
@@ -68,7 +69,7 @@ class Comparison:
             worst = max(distances, key=distances.get)
             clipped = result["metrics"]["objective/clip_fraction"]
             loss = abs(losses[0] - losses[1]) / abs(losses[1])
-            rows.append(Row(kind, name, split.name, loss, distances[worst], worst, clipped))
+            rows.append(Row(kind, name, split.name, loss, distances[worst], worst, clipped, result["bitwise"]))
         return rows
 
     def _reference(self, kind: str) -> dict[str, dict]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from megapsft.checkpoint.hf import export_stream, import_hf
 from megapsft.config import load_config
@@ -23,7 +25,8 @@ CLIP = 1e9  # gradients as they are
 
 
 def measure(old: Path, new: Path, data: Path, options: tuple[str, ...], samples: int) -> dict[str, dict]:
-    """By objective: `metrics` of the update, and on rank 0 `gradient`, whole tensors by their Hugging Face names.
+    """By objective: `metrics` of the update; on rank 0 `gradient`, whole tensors by their Hugging Face names, and `bitwise`,
+    whether what was exported before the update is what had been imported.
 
     The old policy has the weights of `old`, the trained one those of `new`, so that ratios are not 1. Nothing is updated: lr 0.
     """
@@ -35,7 +38,7 @@ def measure(old: Path, new: Path, data: Path, options: tuple[str, ...], samples:
             f"optimizer.clip_grad={CLIP}", "optimizer.weight_decay=0", "model.logprob_chunk_bytes=60000", *options,
         ],
     )  # fmt: skip
-    plan = plan_run(config, dist_world_size())
+    plan = plan_run(config, int(os.environ["WORLD_SIZE"]))
     initialize(plan.mesh, config.parallel, seed=1)
     policy = build_policy(plan)
     optimizer = build_optimizer(config.optimizer, config.parallel, policy)
@@ -48,17 +51,21 @@ def measure(old: Path, new: Path, data: Path, options: tuple[str, ...], samples:
         if objective.needs:
             minibatch = with_old_policy(policy, minibatch)
         import_hf(policy.gpt_models(), new, plan.hf)
+        bitwise = exports_what_it_imported(policy, new)
         report = update(policy, objective, optimizer, minibatch, lr=0.0)
         assert report.skipped is None, report.skipped
-        results[name] = {"metrics": report.metrics, "gradient": whole_gradient(policy)}
+        results[name] = {"metrics": report.metrics, "gradient": whole_gradient(policy), "bitwise": bitwise}
     shutdown()
     return results
 
 
-def dist_world_size() -> int:
-    import os
-
-    return int(os.environ["WORLD_SIZE"])
+def exports_what_it_imported(policy: Policy, source: Path) -> bool:
+    """Whether the export of all ranks equals the safetensors of `source` to the last bit; true on ranks but the first."""
+    exported = {name: tensor for name, tensor in export_stream(policy.gpt_models(), policy.hf) if tensor is not None}
+    if dist.get_rank() != 0:
+        return True
+    stored = load_file(source / "model.safetensors")
+    return exported.keys() == stored.keys() and all(torch.equal(exported[name], stored[name]) for name in stored)
 
 
 @torch.no_grad()

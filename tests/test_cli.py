@@ -1,0 +1,161 @@
+"""`megapsft` as a user starts it. Training that is stopped and messages of refusals are in tests/test_errors.py."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from megapsft.checkpoint.hf import read_config
+from megapsft.cli import COMMANDS, main
+from megapsft.models.families import parameter_count
+from tests.command import megapsft
+
+TP = "parallel.tensor_model_parallel_size"
+
+
+@pytest.fixture
+def config(tiny_models, tiny_data, tmp_path) -> Path:
+    """A config file, complete; the run goes to `run` beside it."""
+    tree = {
+        "run": {"dir": "run"},
+        "model": {"path": str(tiny_models("qwen3")), "dtype": "float32"},
+        "data": {"path": str(tiny_data), "columns": {"prompt": "question", "demonstration": "answer"}, "pack_length": 512},
+        "train": {"steps": 1, "batch_size": 8, "minibatch_size": 4},
+        "log": {"tensorboard": False},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_and_every_option(command, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    assert re.search(rf"For example:\s.*megapsft {command}", text, re.DOTALL)
+    assert "usage: megapsft" in text
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    assert all(command in text for command in COMMANDS)
+
+
+def test_help_of_the_installed_command():
+    done = megapsft("train", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "megapsft train configs/psft/tiny-qwen3-gsm8k.yaml" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["tarin"], ["train"], ["train", "a.yaml", "--dryrun"], ["export", "run"], []])
+def test_a_wrong_command_line_is_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(arguments)
+    assert done.value.code == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_a_dry_run_starts_nothing_and_says_everything(config, tiny_models):
+    done = megapsft("train", str(config), "--dry-run", "train.steps=7", f"{TP}=2", cwd=config.parent)
+    assert (done.returncode, done.stderr) == (0, "")
+    resolved = yaml.safe_load(done.stdout.split("run: ", 1)[0] + "run: " + done.stdout.split("run: ", 1)[1].split("\n\n")[0])
+    assert resolved["train"]["steps"] == 7
+    assert resolved["optimizer"]["adam_beta2"] == 0.999  # defaults too
+    assert resolved["objective"]["clip_high"] == 0.28  # and those of the objective
+    parameters = parameter_count(read_config(tiny_models("qwen3")))
+    stored = load_file(tiny_models("qwen3") / "model.safetensors")
+    assert parameters == sum(tensor.numel() for tensor in stored.values())
+    for text in (
+        f"Qwen3ForCausalLM, {parameters:,} parameters, 4 layers",
+        "2 processes: tp=2 dp=1",
+        "64 of 64 rows (0 dropped, 0 truncated)",
+        "12,022 tokens, 5,372 of them trained",
+        "7 of psft; 2 update(s) a step; from the beginning",
+        "8 samples a step, 4 an update",
+        "microbatches on each of 1 data-parallel rank(s), up to",
+        "positions filled",
+        "train 1e-06 to 1e-06",
+    ):
+        assert text in done.stdout
+    assert [path.name for path in config.parent.iterdir()] == ["config.yaml"]
+
+
+def test_a_dry_run_under_torchrun_starts_nothing_either(config):
+    first = megapsft("train", str(config), "--dry-run", cwd=config.parent, RANK="0", WORLD_SIZE="2")
+    assert first.returncode == 0
+    assert "2 processes: dp=2" in first.stdout
+    second = megapsft("train", str(config), "--dry-run", cwd=config.parent, RANK="1", WORLD_SIZE="2")
+    assert (second.returncode, second.stdout) == (0, "")
+    assert [path.name for path in config.parent.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["train.steps=7", "FILE"], ["FILE", "train.steps=7"], ["train.steps=6", "FILE", "train.steps=7"]],
+    ids=["before", "after", "around"],
+)
+def test_overrides_may_stand_anywhere(arguments, config, capsys):
+    assert main(["config", *[str(config) if a == "FILE" else a for a in arguments]]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["train"]["steps"] == 7
+
+
+def test_overrides_of_one_call_are_gone_in_the_next(config, capsys):
+    assert main(["config", str(config), "train.steps=7"]) == 0
+    assert main(["config", str(config)]) == 0
+    assert yaml.safe_load(capsys.readouterr().out.split("log:")[-2].split("run:", 1)[1].join(["run:", ""]))["train"]["steps"] == 1
+
+
+def test_a_path_with_an_equals_sign_is_a_path(config, capsys):
+    folder = config.parent / "lr=1e-3"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config.read_text())
+    assert main(["config", str(folder / "config.yaml")]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["train"]["batch_size"] == 8
+
+
+def test_a_number_of_processes_that_cannot_be(config):
+    done = megapsft("train", str(config), "--nproc-per-node", "0", cwd=config.parent)
+    message = "megapsft: --nproc-per-node 0: must be 1 or more; leave it out for as many as the split needs\n"
+    assert (done.returncode, done.stderr) == (2, message)
+    done = megapsft("train", str(config), "--nproc-per-node", "3", f"{TP}=2", cwd=config.parent)
+    assert done.returncode == 2
+    assert done.stderr.startswith("megapsft: world size 3: must be a multiple of tensor 2")
+    assert [path.name for path in config.parent.iterdir()] == ["config.yaml"]
+
+
+def test_from_nothing_to_an_exported_model(tmp_path):
+    """The commands of a first day, each exit code 0 and each saying what it made."""
+
+    def done(*arguments: str) -> str:
+        finished = megapsft(*arguments, cwd=tmp_path)
+        assert finished.returncode == 0, finished.stderr
+        assert "Traceback" not in finished.stderr
+        return finished.stdout
+
+    columns = ["--prompt-column", "question", "--demonstration-column", "answer"]
+    assert done("make-data", "--out", "data/train.jsonl", "--count", "32") == "wrote 32 problems to data/train.jsonl\n"
+    sizes = ["--num-layers", "2", "--hidden-size", "32", "--intermediate-size", "64", "--vocab-size", "300"]
+    assert done("init-model", "--family", "qwen3", "--data", "data/train.jsonl", *columns, *sizes, "--out", "m") == "made m\n"
+    (tmp_path / "c.yaml").write_text(
+        "run: {dir: run}\nmodel: {path: m}\ntrain: {steps: 2, batch_size: 8, minibatch_size: 4}\n"
+        "data: {path: data/train.jsonl, columns: {prompt: question, demonstration: answer}}\n"
+    )
+    assert "2 processes: tp=2 dp=1" in done("train", "c.yaml", f"{TP}=2")
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [record["update"] for record in records] == [1, 2, 3, 4]
+    assert "drew curves.png" in done("curves", "run", "--out", "curves.png")
+    assert done("export", "run", "--out", "hf") == "exported to hf\n"
+    assert load_file(tmp_path / "hf/model.safetensors").keys() == load_file(tmp_path / "m/model.safetensors").keys()
+    again = megapsft("export", "run", "--out", "hf", cwd=tmp_path)
+    assert again.returncode == 2
+    assert again.stderr == "megapsft: hf: exists and is not an empty folder; name another folder, or delete this one\n"

@@ -1,0 +1,160 @@
+"""What the documents say, done: commands run as they are printed, examples are copied out and tested, tables are compared.
+
+Not here: `make quickstart` (tests/e2e/test_quickstart.py), `make test` (this suite), and several machines.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megapsft import cli
+from megapsft.config import Config, flatten, load_config
+from megapsft.metrics.names import METRICS
+from megapsft.train.phases import phases
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+SMALL = "train.batch_size=8 train.minibatch_size=4 train.sft_warmup_steps=1 train.steps="
+PSFT = "megapsft train configs/psft/tiny-qwen3-gsm8k.yaml data.path=gsm8k-train.jsonl"
+SFT = "-m megapsft.cli train configs/sft/tiny-qwen3-gsm8k.yaml data.path=gsm8k-train.jsonl"
+RUN = {  # every command that is run, in this order, and what is put behind it to make it small
+    "megapsft init-model --family qwen3 --data gsm8k-train.jsonl --prompt-column question --demonstration-column answer "
+    "--out models/tiny": "",
+    f"{PSFT} --dry-run": "",
+    PSFT: SMALL + "1",
+    "megapsft curves runs/psft-tiny-qwen3-gsm8k --out curves.png": "",
+    "megapsft export runs/psft-tiny-qwen3-gsm8k --out exports/tiny": "",
+    f"{PSFT} train.steps=40 parallel.tensor_model_parallel_size=2": SMALL + "2",
+    f"torchrun --nproc-per-node 2 {SFT}": "train.batch_size=8 train.minibatch_size=8 train.steps=1",
+    "python -m tests.oracles tests/oracles/vectors.json": "",
+    "python -m tests.invariants": "--kind dense --split 'microbatches of 2'",
+    "python benchmarks/train_step.py": "--help",
+}
+ELSEWHERE = {
+    "make quickstart": "tests/e2e/test_quickstart.py runs what it runs",
+    "make test": "is this suite",
+    f"srun --nodes 2 --ntasks-per-node 8 python {SFT}": "needs Slurm; behind srun it is the torchrun command, compared below",
+}
+
+
+def commands(text: str) -> list[str]:
+    """The lines of all ```bash blocks, without comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return [line.split("  #")[0].split(" #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_every_command_of_the_readme_is_known_here():
+    assert set(commands(README)) == {*RUN, *ELSEWHERE}
+    assert len(commands(README)) == len(RUN) + len(ELSEWHERE)
+
+
+def test_the_commands_of_the_readme_run(tiny_data, tmp_path):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    shutil.copy(tiny_data, tmp_path / "gsm8k-train.jsonl")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    for command, behind in RUN.items():
+        where = ROOT if command.startswith("python ") else tmp_path  # those look at the repository, and write nothing
+        done = subprocess.run(
+            ["bash", "-c", f"{command} {behind}"], cwd=where, env=os.environ | {"PATH": path}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"$ {command} {behind}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+
+    run = tmp_path / "runs/psft-tiny-qwen3-gsm8k"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 1, 2, 2, 3, 3]  # the warm-up, a step, and the one that continued
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert (tmp_path / "exports/tiny/config.json").is_file()
+    for name in ("config.yaml", "revision.txt", "checkpoints", "tensorboard", "metrics.jsonl", "steps.jsonl"):
+        assert f"`{name}" in README
+        assert (run / name).exists()
+    assert readme_metrics() == {key: METRICS[key] for key in records[-1] if "/" in key}
+    assert {key for key in records[-1] if "/" not in key} == {"update", "step", "phase", "objective"}
+
+
+def test_make_has_the_targets_that_are_named():
+    text = "\n".join(page.read_text() for page in PAGES)
+    named = set(re.findall(r"^make ([a-z]+)", text, re.M)) | set(re.findall(r"`make ([a-z]+)", text))
+    assert {"quickstart", "test", "venv", "invariants", "oracles", "docs"} <= named
+    for target in named | {"clean", "help"}:
+        subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_srun_starts_what_torchrun_starts():
+    behind = [command.split("-m megapsft.cli")[1] for command in (*RUN, *ELSEWHERE) if "-m megapsft.cli" in command]
+    assert len(behind) == 2
+    assert behind[0] == behind[1]
+
+
+def test_examples_of_configs_load(tmp_path):
+    blocks = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        (tmp_path / "example.yaml").write_text(block)
+        assert phases(load_config(tmp_path / "example.yaml"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_shipped_configs_are_ready_to_run(path, tiny_data, tiny_models, tmp_path, capsys):
+    family = "qwen3_moe" if "moe" in path.stem or path.stem == "quickstart" else "qwen3"
+    here = [f"model.path={tiny_models(family)}", f"data.path={tiny_data}", f"run.dir={tmp_path / 'run'}"]
+    assert cli.main(["train", str(path), "--dry-run", *here]) == 0
+    assert "learning rate" in capsys.readouterr().out  # the last row of the plan
+    assert not (tmp_path / "run").exists()
+
+
+def test_keys_that_scripts_may_rely_on_are_there():
+    section = README.split("## What scripts may rely on")[1].split("All keys")[0]
+    known = flatten(Config())
+    for key in re.findall(r"`([a-z_.]+\.[a-z_]+)`", section):
+        assert key in known, key
+    names = {field.name for field in dataclasses.fields(Config().parallel)}
+    assert {"tensor_model_parallel_size", "expert_model_parallel_size"} <= names
+
+
+def test_the_page_of_all_keys_is_the_one_that_would_be_generated():
+    code = "import runpy; print(runpy.run_path('docs/generate.py')['page'](), end='')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == (ROOT / "docs/configuration.md").read_text(), "run make docs"
+
+
+def test_the_worked_objective_of_contributing(tmp_path):
+    for folder in ("megapsft", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    files = re.findall(r"<!-- file: (\S+) -->\n```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    assert len(files) == 2
+    for name, text in files:
+        (tmp_path / name).write_text(text)
+    names = [name for name, _ in files]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, "-m", "ruff", "check", *names], cwd=tmp_path, check=True)
+    test = ["-m", "pytest", "-p", "no:cacheprovider", names[1], "tests/objectives/test_contract.py", "-k", "focal"]
+    done = subprocess.run([sys.executable, *test], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) > 10  # its own two, and the contract's
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        name, _, anchor = target.partition("#")
+        linked = (page.parent / name).resolve() if name else page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.M)
+            assert anchor in [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings], target
+
+
+def readme_metrics() -> dict[str, str]:
+    """key -> meaning, of the table in the README."""
+    rows = re.findall(r"^\| `([a-z_]+/[a-z_]+)` \| (.+) \|$", README, re.M)
+    assert len(rows) == len(dict(rows))
+    return dict(rows)
