@@ -443,7 +443,7 @@ def table(result: dict[str, Any]) -> Table:
     made.add_section()
     later = peer["relative_differences_of_losses"]
     made.add_row(
-        f"loss, ours against Trainer's: apart by, over {len(later)} updates",
+        f"losses apart by, {len(later)} updates",
         f"{median(later):.0e}",
         f"{min(later):.0e}",
         f"{max(later):.0e}",

@@ -6,6 +6,7 @@ work is the sum of the squares of the lengths, not the square of the sum.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -74,23 +75,21 @@ class SDPAttention(MegatronModule):
             key = gather_from_sequence_parallel_region(key, group=self.cp_group)
             value = gather_from_sequence_parallel_region(value, group=self.cp_group)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, S, d]
-        outputs, start = [], 0
-        for length in lengths:
-            q = query[:, :, start : start + length]
-            if cp == 1:
-                k, v = (x[:, :, start : start + length] for x in (key, value))
-                outputs.append(self._attend(q, k, v))
-            else:
+        if query.shape[1] != key.shape[1]:  # spelt out: SDPA's own enable_gqa leaves the fused CPU kernel
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        if cp == 1:  # split, not sliced: the backward of a slice fills a whole tensor of zeros
+            parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+            outputs = [self._attend(q, k, v) for q, k, v in parts]
+        else:
+            outputs, starts = [], itertools.accumulate(lengths, initial=0)
+            for q, start, length in zip(query.split(lengths, dim=2), starts, lengths, strict=False):
                 k, v = (_in_order(x, start, length, cp) for x in (key, value))
                 outputs.append(self._attend(q, k, v, _zigzag_mask(length, rank, cp, q.device)))
-            start += length
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
         out = out.permute(2, 0, 1, 3).flatten(2)  # [S, B, heads * d]
         return out.squeeze(1) if packed else out
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        if q.shape[1] != k.shape[1]:  # spelt out: SDPA's own enable_gqa leaves the fused CPU kernel
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale)
 
 

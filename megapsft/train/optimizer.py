@@ -30,7 +30,10 @@ def build_optimizer(config: OptimizerConfig, parallel: ParallelConfig, policy: P
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    return get_megatron_optimizer(options, policy.chunks)
+    optimizer = get_megatron_optimizer(options, policy.chunks)
+    for group in optimizer.param_groups:  # Megatron leaves this to its scheduler, which we do not have
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
+    return optimizer
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:

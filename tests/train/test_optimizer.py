@@ -7,7 +7,10 @@ import math
 import pytest
 
 from megapsft.config import OptimizerConfig
+from megapsft.parallel import shutdown
 from megapsft.train.optimizer import learning_rate
+from tests.ranks import run_ranks
+from tests.train.test_update import make_run
 
 
 def rates(steps: int, **options) -> list[float]:
@@ -33,3 +36,15 @@ def test_cosine_after_warm_up():
 
 def test_one_step():
     assert rates(1, lr_decay_style="cosine") == [1.0]
+
+
+def test_norms_and_biases_are_not_decayed(tiny_models, tiny_data):
+    decays = run_ranks(1, _decays, tiny_models("qwen2"), tiny_data)[0]
+    assert set(decays) == {(True, 0.1), (False, 0.0)}
+
+
+def _decays(model, data):
+    run = make_run(model, data, "optimizer.weight_decay=0.1")
+    decays = [(p.dim() > 1, g["weight_decay"]) for g in run.optimizer.param_groups for p in g["params"]]
+    shutdown()
+    return decays
