@@ -66,10 +66,14 @@ def _train_here(plan: RunPlan) -> int:
 
     hush()
     parallel.initialize(plan.mesh, plan.config.parallel, plan.config.train.seed)
+    run = start(plan)
     try:
-        loop(start(plan))
+        loop(run)
     except TrainingStopped as error:
         return _complain(error)
+    if _is_first():
+        done = run.done
+        print(f"{plan.config.run.dir}: {done.step} steps, {done.update} updates, {done.skipped_updates} of them skipped")
     parallel.shutdown()
     return 0
 

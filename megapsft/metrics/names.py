@@ -13,7 +13,7 @@ METRICS: dict[str, str] = {
     "train/skipped_updates": "updates skipped so far: the gradient was not finite, or no token was trained",
     # the policy, teacher-forced on the trained tokens at temperature 1
     "policy/entropy": "mean entropy over the full vocabulary, in nats, during the update",
-    "policy/old_entropy": "mean entropy of the policy at the start of the step, over the whole step",
+    "policy/old_entropy": "mean entropy of the policy at the start of the step, where the objective has an old policy",
     # what the objective reports; of the same keys for every objective
     "objective/nll": "mean negative log-likelihood",
     "objective/clip_fraction": "mean of 1[clipping made the loss of the token strictly larger]",

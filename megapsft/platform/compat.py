@@ -21,6 +21,7 @@ def have_transformer_engine() -> bool:
 def hush() -> None:
     """Silence what Megatron and torch warn about Megatron's own use of old names: no news for a user, once a rank a call."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*load_state_dict. is deprecated")
     warnings.filterwarnings("ignore", message="full scope is deprecated|.*CUDA_DEVICE_MAX_CONNECTIONS")
 
 

@@ -43,10 +43,12 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
     )
     steps = " + ".join(f"{phase.steps} of {phase.objective_name}" for phase in plan.phases)
     resumed = f"continues {plan.checkpoint}" if plan.checkpoint else "from the beginning"
+    if plan.done_steps == plan.steps:
+        resumed = "done: nothing is left to do (more train.steps would continue it)"
     return [
         ("model", f"{hf.architecture}, {parameter_count(hf):,} parameters, {hf.num_hidden_layers} layers{experts}"),
         ("", f"{config.model.dtype}, vocabulary {hf.vocab_size:,} padded to {padded:,}"),
-        ("split", f"{mesh.world_size} processes: {mesh.describe()}"),
+        ("split", f"{mesh.world_size} process(es): {mesh.describe()}"),
         ("data", f"{len(data.samples):,} of {data.rows:,} rows ({data.dropped} dropped, {data.truncated} truncated)"),
         ("", f"{tokens:,} tokens, {data.response_tokens:,} of them trained; mean length {tokens / len(data.samples):.1f}"),
         ("steps", f"{steps}; {plan.updates_per_step} update(s) a step; {resumed}"),

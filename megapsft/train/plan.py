@@ -59,6 +59,11 @@ class RunPlan:
         return self.phases[-1].end
 
     @property
+    def done_steps(self) -> int:
+        """Steps that the checkpoint to continue from has behind it."""
+        return read_state(self.checkpoint)["step"] if self.checkpoint else 0
+
+    @property
     def minibatch_size(self) -> int:
         return self.config.train.minibatch_size or self.config.train.batch_size
 

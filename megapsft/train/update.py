@@ -49,14 +49,15 @@ def update(policy: Policy, objective: Objective, optimizer: ChainedOptimizer, mi
     if _selects(objective):
         minibatch = _renormalise(minibatch, objective, policy)
     counts = parallel_state.get_tensor_model_parallel_rank() == 0  # ranks of a tensor group hold the same outputs
-    reduction = Reduction({**objective.metrics, "policy/entropy": "mean"}, policy.device)
+    reduction = Reduction({**objective.metrics, **dict.fromkeys(_entropies(objective), "mean")}, policy.device)
 
     def consume(output: PolicyOutput, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
-        losses, metrics = objective(output, at_old_policy(microbatch, output))
+        microbatch = at_old_policy(microbatch, output)
+        losses, metrics = objective(output, microbatch)
         loss = torch.where(microbatch.loss_mask, microbatch.loss_weights * losses, 0.0).sum()
         if counts:
-            entropy = Metric(output.entropy)
-            reduction.add({**metrics, "policy/entropy": entropy}, microbatch.loss_mask)
+            entropies = zip(_entropies(objective), (output.entropy, microbatch.old_entropy), strict=False)
+            reduction.add({**metrics, **{key: Metric(values) for key, values in entropies}}, microbatch.loss_mask)
         return loss, loss.detach().double()
 
     optimizer.zero_grad()  # or the first microbatch would be added to what the last step left in param.grad
@@ -86,6 +87,11 @@ def at_old_policy(microbatch: Microbatch, output: PolicyOutput) -> Microbatch:
     if microbatch.old_logprobs is not None:
         return microbatch
     return dataclasses.replace(microbatch, old_logprobs=output.logprobs.detach(), old_entropy=output.entropy.detach())
+
+
+def _entropies(objective: Objective) -> tuple[str, ...]:
+    """Metrics of entropies: of the policy, and where there is one of the old policy."""
+    return ("policy/entropy", "policy/old_entropy") if objective.needs else ("policy/entropy",)
 
 
 def _selects(objective: Objective) -> bool:
