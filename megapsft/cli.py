@@ -36,13 +36,14 @@ def train(
     """
     from megapsft.config import load_config
     from megapsft.parallel import smallest_world
-    from megapsft.platform.launch import become_world_of_one, joined_world, torchrun
+    from megapsft.platform.launch import become_world_of_one, die_with_launcher, joined_world, torchrun
     from megapsft.report.plan import show_plan
     from megapsft.train.plan import plan_run
 
     if nproc_per_node is not None and nproc_per_node < 1:
         raise Refused(f"--nproc-per-node {nproc_per_node}", "must be 1 or more", "leave it out for as many as the split needs")
     resolved = load_config(config, OVERRIDES)
+    die_with_launcher()
     joined = joined_world()
     world = joined or nproc_per_node or max(smallest_world(resolved.parallel), _gpus())
     plan = plan_run(resolved, world)  # refuses at the door, before any process starts
@@ -69,7 +70,9 @@ def _train_here(plan: RunPlan) -> int:
     run = start(plan)
     try:
         loop(run)
-    except TrainingStopped as error:
+    except TrainingStopped as error:  # on all ranks at once
+        run.close()
+        parallel.shutdown()
         return _complain(error)
     if _is_first():
         done = run.done

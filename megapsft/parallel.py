@@ -113,6 +113,10 @@ def plan_mesh(parallel: ParallelConfig, world_size: int, model: ModelShape, on_c
             "needs use_distributed_optimizer and overlap_grad_reduce",
             "set both to true, or overlap_param_gather=false",
         )
+    if parallel.recompute_granularity == "selective" and not parallel.recompute_modules:
+        raise Refused("recompute_modules=[]", "names nothing to recompute", "use some of " + ", ".join(RECOMPUTE_MODULES))
+    if parallel.recompute_granularity == "selective" and "moe" in parallel.recompute_modules and not model.num_experts:
+        raise Refused("recompute_modules=moe", "the model has no experts", "use core_attn, mlp or layernorm")
     unknown = [name for name in parallel.recompute_modules if name not in RECOMPUTE_MODULES]
     if unknown:
         raise Refused(f"recompute_modules={unknown[0]}", "is not known", "use some of " + ", ".join(RECOMPUTE_MODULES))

@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megapsft.checkpoint.optimizer_state import adam_step, load_state, sharded_state
 from megapsft.config import CheckpointConfig
@@ -100,7 +102,7 @@ class Checkpoints:
         same_mesh = state["mesh"] == _mesh(policy)
         if optimizer is not None and same_mesh:
             content["rng"] = _generators()
-        loaded = dist_checkpointing.load(content, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
+        loaded = _read(content, path)
         _fill(policy.gpt_models(), loaded["model"])
         if optimizer is not None:
             load_state(optimizer, model_state(policy.gpt_models()), loaded["optimizer"], state["adam_step"])
@@ -129,6 +131,10 @@ class Checkpoints:
 def latest(folder: Path) -> Path | None:
     """The newest whole checkpoint under `folder`, or None."""
     link = folder / "latest"
+    if link.is_symlink() and not link.exists():
+        there = ", ".join(sorted(path.name for path in folder.glob("step-????????"))) or "none"
+        remedy = f"point it at a checkpoint that is there: {there}"
+        raise Refused(str(link), f"points at {os.readlink(link)}, which is gone", remedy)
     return link.resolve() if link.exists() else None
 
 
@@ -142,7 +148,10 @@ def read_state(path: Path) -> dict[str, Any]:
     if not file.is_file():
         remedy = "name a folder such as RUN/checkpoints/latest"
         raise Refused(str(path), "is not a checkpoint of megapsft (no state.json)", remedy)
-    return json.loads(file.read_text())
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise Refused(str(file), f"is damaged ({error})", "point `latest` at an older checkpoint") from None
 
 
 def check_architecture(path: Path, state: dict[str, Any], hf: HFConfig) -> None:
@@ -163,8 +172,15 @@ def model_state(chunks: Sequence[GPTModel]) -> dict[str, Any]:
 
 def load_model(path: Path, chunks: Sequence[GPTModel]) -> None:
     """Collective. Fill the chunks with the weights at `path`, whatever split wrote them."""
-    loaded = dist_checkpointing.load({"model": model_state(chunks)}, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
-    _fill(chunks, loaded["model"])
+    _fill(chunks, _read({"model": model_state(chunks)}, path)["model"])
+
+
+def _read(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(content, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
+    except (CheckpointingException, CheckpointException, EOFError, OSError, RuntimeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[-300:]
+        raise Refused(str(path), f"cannot be read: ...{reason}", "point `latest` at an older checkpoint") from error
 
 
 def _fill(chunks: Sequence[GPTModel], loaded: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ import torch
 class FusedAdam(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter, arXiv:1711.05101, Algorithm 2); plain Adam with L2 where `adam_w_mode` is False.
 
-    Moments are fp32. `_foreach_` kernels: one call for all parameters of a group.
+    Parameters (Megatron's main parameters) and moments are fp32. `_foreach_` kernels: one call for all parameters of a group.
     """
 
     def __init__(

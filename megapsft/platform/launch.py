@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import signal
 import socket
-import subprocess
 import sys
+import uuid
 from collections.abc import Sequence
 
 from megapsft.errors import Refused
+
+LAUNCHED = "MEGAPSFT_LAUNCHER"  # environment variable: process id of the launcher
 
 
 def joined_world() -> int | None:
@@ -29,12 +33,22 @@ def joined_world() -> int | None:
     return int(environment["WORLD_SIZE"])
 
 
+def die_with_launcher() -> None:
+    """In a rank that `torchrun` above started: be killed when that process ends, however it ends (Linux)."""
+    launcher = os.environ.get(LAUNCHED)
+    if launcher is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(launcher):  # it was gone before we asked
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _first_host(nodelist: str) -> str:
-    """The first host of Slurm's list: `node[07-09,12],other` -> node07."""
-    match = re.match(r"([^,\[]+)(?:\[([^,\]-]+))?", nodelist)
+    """The first host of Slurm's list: `node[07-09,12]-ib,other` -> node07-ib."""
+    match = re.match(r"([^,\[]+)(?:\[([^,\]-]+)[^\]]*\]([^,\[]*))?", nodelist)
     if match is None:
         raise Refused(f"SLURM_STEP_NODELIST={nodelist!r}", "names no host", "set MASTER_ADDR")
-    return match.group(1) + (match.group(2) or "")
+    return "".join(part or "" for part in match.groups())
 
 
 def become_world_of_one() -> None:
@@ -46,9 +60,27 @@ def become_world_of_one() -> None:
 
 
 def torchrun(processes: int, arguments: Sequence[str]) -> int:
-    """Run `megapsft <arguments>` as `processes` ranks on this machine; returns the exit code."""
-    environment = dict(os.environ)
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    environment.setdefault("OMP_NUM_THREADS", str(threads))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run([*command, "-m", "megapsft.cli", *arguments], env=environment, check=False).returncode
+    """Run `megapsft <arguments>` as ranks on this machine, as torchrun would; returns the exit code of the first that failed.
+
+    The ranks die with this process, also where it is killed: two worlds in one run.dir would spoil it.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ[LAUNCHED] = str(os.getpid())
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-u", "-m", "megapsft.cli", *arguments)
+    except ChildFailedError as error:  # the rank itself has said why
+        return abs(error.get_first_failure()[1].exitcode) or 1
+    return 0
+

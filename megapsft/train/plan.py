@@ -16,6 +16,7 @@ from megapsft.data.demonstrations import Demonstrations, load_demonstrations
 from megapsft.data.plan import Layout, Plan, plan_update
 from megapsft.data.sampler import Sampler
 from megapsft.errors import Refused
+from megapsft.metrics.names import METRICS
 from megapsft.models.families import family_of
 from megapsft.models.family import Family
 from megapsft.models.hf_config import HFConfig
@@ -110,6 +111,11 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         raise Refused("model.path=''", "names no model", "give a Hugging Face folder; `megapsft init-model` makes a small one")
     if not config.data.path:
         raise Refused("data.path=''", "names no data", "give a .jsonl or .parquet file of prompts and demonstrations")
+    if not config.run.dir:
+        raise Refused("run.dir=''", "names no folder", "give one such as runs/first")
+    if config.checkpoint.keep_best and config.checkpoint.best_metric not in METRICS:
+        remedy = "use one of " + ", ".join(METRICS)
+        raise Refused(f"checkpoint.best_metric={config.checkpoint.best_metric}", "is not a metric", remedy)
     train = config.train
     minibatch = train.minibatch_size or train.batch_size
     if train.batch_size % minibatch:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import math
 import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -22,6 +23,7 @@ from megapsft.checkpoint.dist import Checkpoints, read_state
 from megapsft.checkpoint.hf import import_hf
 from megapsft.config import flatten
 from megapsft.data.pack import pack
+from megapsft.errors import Refused
 from megapsft.metrics.sinks import Sinks, TensorBoard, WandB
 from megapsft.policy.build import Policy, build_chunks, distribute, transformer_config
 from megapsft.train.optimizer import build_optimizer, forget, learning_rate
@@ -58,6 +60,7 @@ class Run:
     done: Progressed = field(default_factory=Progressed)
     reports: list[dict[str, float]] = field(default_factory=list)  # of the step's updates
     since_checkpoint: list[float] = field(default_factory=list)  # `checkpoint.best_metric` of the steps since the last one
+    lock: IO | None = None  # held while the run lives, on the first rank
     clock: float = field(default_factory=time.perf_counter)
 
     @property
@@ -186,6 +189,7 @@ class Run:
 def start(plan: RunPlan) -> Run:
     """Collective. Build the policy and its optimizer, fill them from the checkpoint or the Hugging Face folder, open sinks."""
     config, first = plan.config, dist.get_rank() == 0
+    lock = _lock(run_folder(config)) if first else None
     policy = build_policy(plan)
     optimizer = build_optimizer(config.optimizer, config.parallel, policy)
     checkpoints = Checkpoints(checkpoint_folder(config), config.checkpoint)
@@ -198,7 +202,7 @@ def start(plan: RunPlan) -> Run:
         done = Progressed(**{f.name: state[f.name] for f in dataclasses.fields(Progressed)})
     sinks = _open_sinks(plan, done) if first else None
     progress = _open_progress(plan, done) if first and config.log.progress else None
-    return Run(plan, policy, optimizer, checkpoints, sinks, progress, done)
+    return Run(plan, policy, optimizer, checkpoints, sinks, progress, done, lock=lock)
 
 
 def build_policy(plan: RunPlan) -> Policy:
@@ -217,9 +221,23 @@ def build_policy(plan: RunPlan) -> Policy:
     )
 
 
+def _lock(folder: Path) -> IO:
+    """Hold the folder for this process; the system lets it go when the process ends, however it ends.
+
+    Raises:
+        Refused: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: the writers that it forks do not hold it
+    except OSError:
+        raise Refused(f"run.dir={folder}", "is being trained by another process", "wait for it, or use another run.dir") from None
+    return file
+
+
 def _open_sinks(plan: RunPlan, done: Progressed) -> Sinks:
     config, folder = plan.config, run_folder(plan.config)
-    folder.mkdir(parents=True, exist_ok=True)
     config_file(config).write_text(to_yaml(config))
     (folder / "revision.txt").write_text(revision() + "\n")
     resumed = done.update if plan.checkpoint is not None else None
