@@ -16,7 +16,7 @@ venv: .venv/.installed
 	$(PY) -m pip install --quiet -c requirements/laptop.txt -e ".[laptop]"
 	@touch $@
 
-## quickstart  train, export and sample a small mixture of experts on this machine: about four minutes, no GPU, no download
+## quickstart  train, export and sample a small mixture of experts on this machine: a few minutes, no GPU, no download
 .PHONY: quickstart
 quickstart: venv
 	$(PY) -m quickstart

@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 core = [
     "torch>=2.6",
-    # 0.16.1 is the last release for Python 3.11; 0.20 moves GPTModel to HybridModel. Never its extras: they pull CUDA-only packages.
+    # 0.16.1 is the last for Python 3.11; 0.20 moves GPTModel to HybridModel. Never its extras: they pull CUDA-only packages
     "megatron-core>=0.16.1,<0.20",
     "psutil",  # megatron's asynchronous checkpoint writer hangs without it
     "einops",

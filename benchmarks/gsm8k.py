@@ -39,8 +39,8 @@ def main() -> int:
         model = options.work / family
         if not model.exists():
             _megapsft(
-                "init-model", "--family", family, "--data", str(options.data), "--prompt-column", "question",
-                "--demonstration-column", "answer", "--vocab-size", str(options.vocab_size), "--out", str(model),
+                "init-model", "--family", family, "--data", str(options.data), "--vocab-size", str(options.vocab_size),
+                "--out", str(model),
             )  # fmt: skip
         for objective in ("sft", "psft"):
             for split, override in SPLITS.items():

@@ -51,7 +51,7 @@ from rich.table import Table
 import megapsft.train.update as update_module
 from megapsft import parallel
 from megapsft.checkpoint.random_init import init_model
-from megapsft.config import ColumnsConfig, load_config
+from megapsft.config import load_config
 from megapsft.data.arithmetic import generate, write_jsonl
 from megapsft.objectives.registry import build_objective
 from megapsft.platform.launch import become_world_of_one
@@ -374,7 +374,6 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     model = settings.model or init_model(
         "qwen3",
         data,
-        ColumnsConfig(prompt="question", demonstration="answer"),
         folder / "model",
         vocab_size=settings.vocab_size,
         hidden_size=settings.hidden_size,

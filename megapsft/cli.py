@@ -111,8 +111,6 @@ def init_model(
     family: str,
     data: Path,
     out: Path,
-    prompt_column: str = "prompt",
-    demonstration_column: str = "demonstration",
     vocab_size: int = 512,
     hidden_size: int = 96,
     num_layers: int = 4,
@@ -126,27 +124,23 @@ def init_model(
     max_position_embeddings: int = 4096,
     tie_word_embeddings: bool = False,
     dtype: Literal["float32", "bfloat16"] = "float32",
-    seed: int = 0,
+    seed: int = 1234,
 ) -> int:
     """Make a small random Hugging Face checkpoint, with a tokenizer trained on your data.
 
     For example:
         megapsft init-model --family qwen3_moe --data train.jsonl --out models/tiny
-        megapsft init-model --family llama --data gsm8k.jsonl --prompt-column question --demonstration-column answer --out m
+        megapsft init-model --family llama --data train.parquet --vocab-size 2048 --hidden-size 256 --out models/larger
 
     Args:
         family: qwen3, qwen3_moe, qwen2 or llama.
-        data: .jsonl or .parquet with the two columns.
+        data: .jsonl or .parquet; the tokenizer is trained on all its texts, whatever the columns.
         out: the folder to make; it must not hold anything yet.
     """
-    from megapsft.checkpoint.random_init import init_model as make
-    from megapsft.config import ColumnsConfig
-
     options = dict(locals())
-    for name in ("make", "ColumnsConfig", "prompt_column", "demonstration_column", "data", "out", "family"):
-        options.pop(name)
-    columns = ColumnsConfig(prompt=prompt_column, demonstration=demonstration_column)
-    made = make(family=family, data_path=data, columns=columns, out_dir=out, **options)
+    from megapsft.checkpoint.random_init import init_model as make
+
+    made = make(data_path=options.pop("data"), out_dir=options.pop("out"), **options)
     print(f"made {made}")
     return 0
 

@@ -114,7 +114,7 @@ class ParallelConfig:
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     __pydantic_config__ = STRICT
-    interval: NonNegativeInt = 50  # steps; the last step is always saved; 0: only the last
+    interval: NonNegativeInt = 50  # steps; the end of a phase is always saved; 0: only that
     keep_last: NonNegativeInt = 2
     keep_best: bool = False  # also the one with the lowest `best_metric`, averaged since the checkpoint before
     best_metric: str = "train/loss"

@@ -20,7 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/quickstart.yaml"
 MADE = ("train.jsonl", "heldout.jsonl", "model", "run", "export", "curves.png")  # below the output folder
 WIDTH = "120"  # of tables in a log; a terminal knows its own
-COLUMNS = ("--prompt-column", "question", "--demonstration-column", "answer")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     steps = (
         ("megapsft", "make-data", "--out", train, "--count", "8000"),
         ("megapsft", "make-data", "--out", heldout, "--count", "20", "--seed", "1"),
-        ("megapsft", "init-model", "--family", "qwen3_moe", "--data", train, *COLUMNS, "--vocab-size", "1024", "--out", model),
+        ("megapsft", "init-model", "--family", "qwen3_moe", "--data", train, "--vocab-size", "1024", "--out", model),
         ("megapsft", "train", CONFIG, *overrides, "--nproc-per-node", "2"),
         ("megapsft", "export", run, "--out", export),
         ("python", "-m", "quickstart.sample", export, heldout, "--unlike", train),

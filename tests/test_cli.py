@@ -143,7 +143,7 @@ def test_data_and_a_model_from_nothing(tmp_path, capsys):
     assert main(["make-data", "--out", str(data), "--count", "32"]) == 0
     assert capsys.readouterr().out == f"wrote 32 problems to {data}\n"
     assert len(data.read_text().splitlines()) == 32
-    options = ["--prompt-column", "question", "--demonstration-column", "answer", "--num-layers", "2", "--hidden-size", "32"]
+    options = ["--num-layers", "2", "--hidden-size", "32"]
     command = ["init-model", "--family", "qwen3", "--data", str(data), *options, "--out", str(model)]
     assert main(command) == 0
     assert capsys.readouterr().out == f"made {model}\n"

@@ -26,8 +26,7 @@ SMALL = "train.batch_size=8 train.minibatch_size=4 train.sft_warmup_steps=1 trai
 PSFT = "megapsft train configs/psft/tiny-qwen3-gsm8k.yaml data.path=gsm8k-train.jsonl"
 SFT = "-m megapsft.cli train configs/sft/tiny-qwen3-gsm8k.yaml data.path=gsm8k-train.jsonl"
 RUN = {  # every command that is run, in this order, and what is put behind it to make it small
-    "megapsft init-model --family qwen3 --data gsm8k-train.jsonl --prompt-column question --demonstration-column answer "
-    "--out models/tiny": "",
+    "megapsft init-model --family qwen3 --data gsm8k-train.jsonl --out models/tiny": "",
     f"{PSFT} --dry-run": "",
     PSFT: SMALL + "1",
     "megapsft curves runs/psft-tiny-qwen3-gsm8k --out curves.png": "",

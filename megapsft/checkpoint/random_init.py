@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +10,7 @@ import torch
 
 from megapsft.checkpoint.hf_folder import SINGLE, read_config
 from megapsft.checkpoint.hf_save import READABLE, check_free, write_config
-from megapsft.config import ColumnsConfig
-from megapsft.data.rows import read_rows
+from megapsft.data.rows import read_texts
 from megapsft.errors import Refused
 from megapsft.models.families import family_of
 
@@ -29,7 +27,6 @@ FAMILIES = ("qwen3", "qwen3_moe", "qwen2", "llama")
 def init_model(
     family: Literal["qwen3", "qwen3_moe", "qwen2", "llama"],
     data_path: str | Path,
-    columns: ColumnsConfig,
     out_dir: str | Path,
     vocab_size: int = 512,
     hidden_size: int = 96,
@@ -48,12 +45,12 @@ def init_model(
 ) -> Path:
     """Write a Hugging Face model folder, with a tokenizer and its ChatML template, and give its path.
 
-    The tokenizer is a byte-level BPE, digits one by one, trained on the prompts and demonstrations of `data_path`. The model's
+    The tokenizer is a byte-level BPE, digits one by one, trained on every text of `data_path`. The model's
     vocabulary is exactly the tokenizer's: at most `vocab_size` tokens, fewer where the texts do not give as many, not padded.
     The experts' numbers only count for qwen3_moe.
 
     Args:
-        columns: names of the columns of `data_path` (.jsonl or .parquet).
+        data_path: .jsonl or .parquet; all strings count, whatever their columns.
         seed: of the weights; the same arguments give the same folder.
 
     Raises:
@@ -74,7 +71,7 @@ def init_model(
         raise Refused(f"num_experts_per_tok={num_experts_per_tok}", rule, "use fewer, or more experts")
     check_free(out)
 
-    tokenizer = train_tokenizer(_texts(data_path, columns), vocab_size)
+    tokenizer = train_tokenizer(read_texts(data_path), vocab_size)
     tokenizer.model_max_length = max_position_embeddings
     sizes: dict[str, Any] = dict(
         vocab_size=len(tokenizer),
@@ -140,15 +137,10 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
     return tokenizer
 
 
-def _texts(data_path: str | Path, columns: ColumnsConfig) -> Iterator[str]:
-    """Every text of the data, prompts and demonstrations."""
-    for row in read_rows(data_path, columns):
-        turns = [row.prompt] if isinstance(row.prompt, str) else [message["content"] for message in row.prompt]
-        yield from itertools.chain(turns, [row.demonstration])
-
-
 def _random_model(family: str, sizes: dict[str, Any], seed: int) -> Any:
     import transformers
+
+    transformers.logging.disable_progress_bar()  # for one small file
 
     prefix = {"qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "qwen2": "Qwen2", "llama": "Llama"}[family]
     config = getattr(transformers, f"{prefix}Config")(**sizes)

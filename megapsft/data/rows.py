@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,19 +31,43 @@ def read_rows(path: str | Path, columns: ColumnsConfig, limit: int | None = None
         Refused: no such file, another suffix, malformed or empty file, missing column, wrong type, blank prompt or
             demonstration, malformed chat messages. Names the file and the line.
     """
-    path = Path(path)
-    if path.suffix not in READERS:
-        raise Refused(f"data.path={str(path)!r}", "must end in .jsonl or .parquet", "convert the file, or name another")
-    if not path.is_file():
-        raise Refused(f"data.path={str(path)!r}", "is not a file", "set data.path to a .jsonl or .parquet file")
-    records = itertools.islice(READERS[path.suffix](path, columns), limit)
+    reader, path = _reader(path)
+    records = itertools.islice(reader(path, columns), limit)
     rows = [parse_row(record, columns, source) for source, record in records]
     if not rows:
         raise Refused(f"data.path={str(path)!r}", "holds no rows", "name a file with at least one")
     return rows
 
 
-def read_jsonl(path: Path, columns: ColumnsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_texts(path: str | Path) -> Iterator[str]:
+    """Every string of every row, whatever its column, those inside of chat messages too: what a tokenizer is trained on.
+
+    Raises:
+        Refused: as `read_rows`, but for what it says of columns.
+    """
+    reader, path = _reader(path)
+    for _, record in reader(path, None):
+        yield from _strings(record)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
+
+
+def _reader(path: str | Path) -> tuple[Callable[..., Iterator[tuple[str, dict[str, Any]]]], Path]:
+    path = Path(path)
+    if path.suffix not in READERS:
+        raise Refused(f"data.path={str(path)!r}", "must end in .jsonl or .parquet", "convert the file, or name another")
+    if not path.is_file():
+        raise Refused(f"data.path={str(path)!r}", "is not a file", "set data.path to a .jsonl or .parquet file")
+    return READERS[path.suffix], path
+
+
+def read_jsonl(path: Path, columns: ColumnsConfig | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """(source, record) of each line; blank lines are allowed at the end only."""
     blank = None
     with path.open("rb") as lines:
@@ -60,19 +84,22 @@ def read_jsonl(path: Path, columns: ColumnsConfig) -> Iterator[tuple[str, dict[s
                 raise Refused(source, f"is not a line of JSON ({error})", "write one JSON object a line, in UTF-8") from None
             if not isinstance(record, dict):
                 raise Refused(source, f"is a JSON {type(record).__name__}, not an object", "write one JSON object a line")
-            check_columns(record, columns, source)
+            if columns is not None:
+                check_columns(record, columns, source)
             yield source, record
 
 
-def read_parquet(path: Path, columns: ColumnsConfig) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(source, record) of each row; only the two columns are read, a batch of rows at a time."""
+def read_parquet(path: Path, columns: ColumnsConfig | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(source, record) of each row; only the two columns are read (all, where None is given), a batch of rows at a time."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            check_columns(file.schema_arrow.names, columns, f"{path}:1")
-            batches = file.iter_batches(batch_size=1024, columns=[columns.prompt, columns.demonstration])
+            if columns is not None:
+                check_columns(file.schema_arrow.names, columns, f"{path}:1")
+            wanted = None if columns is None else [columns.prompt, columns.demonstration]
+            batches = file.iter_batches(batch_size=1024, columns=wanted)
             records = (record for batch in batches for record in batch.to_pylist())
             for number, record in enumerate(records, start=1):
                 yield f"{path}:{number}", record

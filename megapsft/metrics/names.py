@@ -24,7 +24,6 @@ METRICS: dict[str, str] = {
     # how much went through
     "data/trained_tokens": "tokens with a loss",
     "data/real_tokens": "positions that are not padding",
-    "data/forward_tokens": "positions that went through the model, padding included",
     "data/samples": "samples",
     "perf/tokens_per_second": "real tokens a second over all ranks",
     "perf/seconds": "wall-clock seconds",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
+from rich import box
 from rich.table import Table
 
 from megapsft.errors import Refused
@@ -25,10 +26,10 @@ def phase_table(path: str | Path) -> Table:
     records = read_records(path)
     if not records:
         raise Refused(str(path), "has no records", "wait for the first update of the run")
-    table = Table(title=str(path))
+    table = Table(title=str(path), box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("phase")
-    for heading in ("updates", "loss", "nll", "entropy", "clip fraction", "ratio max", "skipped"):
-        table.add_column(heading, justify="right")
+    for heading in ("updates", "loss", "nll", "entropy", "clip fraction", "skipped"):
+        table.add_column(heading, justify="right", no_wrap=True)
     skipped_before = 0.0  # the record counts skipped updates from the start of the run
     for phase in phases(records):
         skipped = max(phase.values("train/skipped_updates"), default=skipped_before)
@@ -39,7 +40,6 @@ def phase_table(path: str | Path) -> Table:
             first_last(phase, "objective/nll"),
             first_last(phase, "policy/entropy"),
             over(fmean, phase, "objective/clip_fraction"),
-            over(max, phase, "objective/ratio_max"),
             f"{skipped - skipped_before:.0f}",
         )
         skipped_before = skipped
@@ -48,9 +48,9 @@ def phase_table(path: str | Path) -> Table:
 
 def first_last(phase: Phase, key: str) -> str:
     values = phase.values(key)
-    return f"{values[0]:.4f} → {values[-1]:.4f}" if values else "–"
+    return f"{values[0]:.3f}→{values[-1]:.3f}" if values else "–"
 
 
 def over(reduce: Callable[[list[float]], float], phase: Phase, key: str) -> str:
     values = phase.values(key)
-    return f"{reduce(values):.4f}" if values else "–"
+    return f"{reduce(values):.3f}" if values else "–"

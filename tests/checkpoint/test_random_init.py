@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from megapsft.checkpoint.hf_folder import check_checkpoint, read_config
 from megapsft.checkpoint.random_init import FAMILIES, init_model
-from megapsft.config import ColumnsConfig
 from megapsft.data.chat_template import ChatTemplate
 from megapsft.errors import Refused
 from megapsft.models.families import family_of
@@ -30,7 +29,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def make(data: Path, out: Path, family: str = "qwen3", **options) -> Path:
-    return init_model(family, data, ColumnsConfig(), out, vocab_size=290, **options)
+    return init_model(family, data, out, vocab_size=290, **options)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -113,7 +112,7 @@ def test_refused(options, message, data, tmp_path):
 
 def test_refused_vocabulary(data, tmp_path):
     with pytest.raises(Refused, match="vocab_size=200: must be 259 or more"):
-        init_model("qwen3", data, ColumnsConfig(), tmp_path / "model", vocab_size=200)
+        init_model("qwen3", data, tmp_path / "model", vocab_size=200)
 
 
 def test_refused_where_something_is_already(data, tmp_path):

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megapsft.checkpoint.random_init import init_model
-from megapsft.config import ColumnsConfig
 from megapsft.data.arithmetic import generate, write_jsonl
 from tests.invariants.measure import measure
 from tests.invariants.splits import REFERENCE, Split
@@ -85,9 +84,8 @@ class Comparison:
         """A random model with weights large enough that attention and routing matter, and one some updates away from it."""
         old, new = self.folder / f"{kind}-old", self.folder / f"{kind}-new"
         if not old.exists():
-            columns = ColumnsConfig(prompt="question", demonstration="answer")
             for folder in (old, new):
-                init_model(family=FAMILIES[kind], data_path=self.data, columns=columns, out_dir=folder, vocab_size=307,
+                init_model(family=FAMILIES[kind], data_path=self.data, out_dir=folder, vocab_size=307,
                            hidden_size=64, intermediate_size=128, seed=1)  # fmt: skip
             generator = torch.Generator().manual_seed(3)
             weights = load_file(old / "model.safetensors")
