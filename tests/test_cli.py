@@ -79,7 +79,7 @@ def test_a_dry_run_starts_nothing_and_says_everything(config, tiny_models):
     assert parameters == sum(tensor.numel() for tensor in stored.values())
     for text in (
         f"Qwen3ForCausalLM, {parameters:,} parameters, 4 layers",
-        "2 processes: tp=2 dp=1",
+        "2 process(es): tp=2 dp=1",
         "64 of 64 rows (0 dropped, 0 truncated)",
         "12,022 tokens, 5,372 of them trained",
         "7 of psft; 2 update(s) a step; from the beginning",

@@ -27,20 +27,19 @@ def phase_table(path: str | Path) -> Table:
     if not records:
         raise Refused(str(path), "has no records", "wait for the first update of the run")
     table = Table(title=str(path), box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("phase")
-    for heading in ("updates", "loss", "nll", "entropy", "clip fraction", "skipped"):
+    table.add_column("phase", no_wrap=True)
+    for heading in ("updates", "loss", "nll", "entropy", "clipped"):
         table.add_column(heading, justify="right", no_wrap=True)
     skipped_before = 0.0  # the record counts skipped updates from the start of the run
     for phase in phases(records):
         skipped = max(phase.values("train/skipped_updates"), default=skipped_before)
         table.add_row(
             phase.title,
-            str(len(phase.records)),
+            str(len(phase.records)) + (f" ({skipped - skipped_before:.0f} skipped)" if skipped > skipped_before else ""),
             first_last(phase, "train/loss"),
             first_last(phase, "objective/nll"),
             first_last(phase, "policy/entropy"),
             over(fmean, phase, "objective/clip_fraction"),
-            f"{skipped - skipped_before:.0f}",
         )
         skipped_before = skipped
     return table
