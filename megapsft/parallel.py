@@ -69,34 +69,51 @@ def plan_mesh(parallel: ParallelConfig, world_size: int, model: ModelShape, on_c
     etp = parallel.expert_tensor_parallel_size or tp
 
     _check_model(parallel, model, tp, pp, vpp, ep, etp)
-    fit = smallest_world(parallel)
-    if world_size % (tp * pp * cp):
-        raise Refused(
-            f"world size {world_size}",
-            f"must be a multiple of tensor {tp} x pipeline {pp} x context {cp} = {tp * pp * cp}",
-            f"start {fit} processes, or a multiple (--nproc-per-node {fit})",
-        )
-    if world_size % (etp * ep * pp):
-        raise Refused(
-            f"world size {world_size}",
-            f"must be a multiple of expert tensor {etp} x expert {ep} x pipeline {pp} = {etp * ep * pp}",
-            f"start {fit} processes, or a multiple (--nproc-per-node {fit})",
-        )
+    _check_world(world_size, parallel, tp * pp * cp, etp * ep * pp)
     sequence_parallel = _sequence_parallel(parallel, model, tp)
+    if model.num_experts:
+        _check_experts(tp, ep, etp, gathers_evenly=not on_cuda and dispatcher == "alltoall")
+    overlap_p2p, batch_p2p = _p2p(parallel, vpp)
+    _check_options(parallel, model)
+    return Mesh(
+        world_size=world_size, tp=tp, pp=pp, vpp=vpp, cp=cp, dp=world_size // (tp * pp * cp), ep=ep, etp=etp,
+        sequence_parallel=sequence_parallel, overlap_p2p_comm=overlap_p2p, batch_p2p_comm=batch_p2p,
+    )  # fmt: skip
 
-    if model.num_experts and ep == 1 and etp != tp:
+
+def _check_world(world_size: int, parallel: ParallelConfig, dense: int, expert: int) -> None:
+    fit, pp = smallest_world(parallel), parallel.pipeline_model_parallel_size
+    tp, cp, ep = parallel.tensor_model_parallel_size, parallel.context_parallel_size, parallel.expert_model_parallel_size
+    for size, kinds in (
+        (dense, f"tensor {tp} x pipeline {pp} x context {cp}"),
+        (expert, f"expert tensor {expert // (ep * pp)} x expert {ep} x pipeline {pp}"),
+    ):
+        if world_size % size:
+            raise Refused(
+                f"world size {world_size}",
+                f"must be a multiple of {kinds} = {size}",
+                f"start {fit} processes, or a multiple (--nproc-per-node {fit})",
+            )
+
+
+def _check_experts(tp: int, ep: int, etp: int, gathers_evenly: bool) -> None:
+    if ep == 1 and etp != tp:
         raise Refused(
             f"expert_tensor_parallel_size={etp} with expert_model_parallel_size=1",
             f"must equal tensor_model_parallel_size={tp}: Megatron marks experts as such only where they are split over ranks, "
             "so their gradients would silently not be reduced",
             f"use expert_tensor_parallel_size={tp}, or expert_model_parallel_size=2 or more",
         )
-    if model.num_experts and ep > 1 and etp > 1 and not on_cuda and dispatcher == "alltoall":
+    if ep > 1 and etp > 1 and gathers_evenly:
         raise Refused(
             f"expert_tensor_parallel_size={etp} with expert_model_parallel_size={ep} and alltoall dispatch",
             "needs an uneven all-gather, which gloo lacks",
             "use expert_tensor_parallel_size=1, or model.moe_token_dispatcher_type=allgather",
         )
+
+
+def _p2p(parallel: ParallelConfig, vpp: int) -> tuple[bool, bool]:
+    """(overlap_p2p_comm, batch_p2p_comm) of the pipeline."""
     overlap_p2p = vpp > 1 if parallel.overlap_p2p_comm is None else parallel.overlap_p2p_comm
     batch_p2p = not overlap_p2p if parallel.batch_p2p_comm is None else parallel.batch_p2p_comm
     if vpp > 1 and (batch_p2p or not overlap_p2p):
@@ -107,6 +124,10 @@ def plan_mesh(parallel: ParallelConfig, world_size: int, model: ModelShape, on_c
         )
     if overlap_p2p and batch_p2p:
         raise Refused("overlap_p2p_comm=True, batch_p2p_comm=True", "exclude each other", "leave batch_p2p_comm out")
+    return overlap_p2p, batch_p2p
+
+
+def _check_options(parallel: ParallelConfig, model: ModelShape) -> None:
     if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
         raise Refused(
             "overlap_param_gather=True",
@@ -120,10 +141,6 @@ def plan_mesh(parallel: ParallelConfig, world_size: int, model: ModelShape, on_c
     unknown = [name for name in parallel.recompute_modules if name not in RECOMPUTE_MODULES]
     if unknown:
         raise Refused(f"recompute_modules={unknown[0]}", "is not known", "use some of " + ", ".join(RECOMPUTE_MODULES))
-    return Mesh(
-        world_size=world_size, tp=tp, pp=pp, vpp=vpp, cp=cp, dp=world_size // (tp * pp * cp), ep=ep, etp=etp,
-        sequence_parallel=sequence_parallel, overlap_p2p_comm=overlap_p2p, batch_p2p_comm=batch_p2p,
-    )  # fmt: skip
 
 
 def _check_model(parallel: ParallelConfig, model: ModelShape, tp: int, pp: int, vpp: int, ep: int, etp: int) -> None:
