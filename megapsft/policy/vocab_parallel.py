@@ -5,9 +5,9 @@ With logits z = h W^T, lse = logsumexp(z), p = exp(z - lse), label y:
     log-probability  l = z_y - lse             dl/dz = 1[y] - p
     entropy          H = lse - sum_v p_v z_v   dH/dz = -p (z - sum_v p_v z_v)
 
-Tokens go in chunks of a byte budget; the backward recomputes the logits of a chunk. Operands of the matrix products are in the
-model's dtype, everything else is fp32 (fp64 for fp64 models). One collective: each rank's (max, sum of exp, sum of z exp, z_y)
-of every token is all-gathered and merged alike on all ranks.
+Tokens go in chunks of a byte budget; the backward recomputes the logits of a chunk, unless one chunk holds all tokens.
+Operands of the matrix products are in the model's dtype, everything else is fp32 (fp64 for fp64 models). One collective: each
+rank's (max, sum of exp, sum of z exp, z_y) of every token is all-gathered and merged alike on all ranks.
 """
 
 from __future__ import annotations
@@ -98,14 +98,17 @@ class _LogprobsAndEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, group, first, rows, chunk, entropy_gradient):
         exact = torch.promote_types(hidden.dtype, torch.float32)
         stats = hidden.new_empty(4, hidden.shape[0], dtype=exact)
-        shard = weight[:rows]
+        shard, exp = weight[:rows], None
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
-            stats[:, part] = _shard_stats(hidden[part], shard, labels[part], first, exact)
+            stats[:, part], exp = _shard_stats(hidden[part], shard, labels[part], first, exact)
+        # all tokens in one chunk: within the budget they can stay, and the backward need not recompute them
+        keep = hidden.shape[0] <= chunk and rows > 0 and not entropy_gradient and any(ctx.needs_input_grad)
+        local_top = stats[0] if keep else None
         top, total, weighted, target = stats if group is None else _merge(stats, group)
         lse = top + total.log()
         mean = weighted / total  # sum_v p_v z_v
-        ctx.save_for_backward(hidden, weight, labels, lse, mean)
+        ctx.save_for_backward(hidden, weight, labels, lse, mean, *((exp, local_top) if keep else ()))
         ctx.first, ctx.rows, ctx.chunk = first, rows, chunk
         ctx.set_materialize_grads(False)
         logprobs, entropy = target - lse, lse - mean
@@ -115,7 +118,7 @@ class _LogprobsAndEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy):
-        hidden, weight, labels, lse, mean = ctx.saved_tensors
+        hidden, weight, labels, lse, mean, *kept = ctx.saved_tensors
         shard = weight[: ctx.rows]
         grad_hidden = torch.zeros_like(hidden, dtype=lse.dtype)
         grad_weight = torch.zeros_like(weight, dtype=lse.dtype)
@@ -123,11 +126,15 @@ class _LogprobsAndEntropy(torch.autograd.Function):
             grad_logprobs = torch.zeros_like(lse)
         for start in range(0, hidden.shape[0] if ctx.rows else 0, ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            logits = (hidden[part] @ shard.T).to(lse.dtype)
-            grad = (logits - lse[part, None]).exp_()  # p
-            if grad_entropy is None:
+            if kept:
+                exp, local_top = kept
+                grad = exp * ((local_top - lse).exp_() * -grad_logprobs)[:, None]
+            elif grad_entropy is None:
+                grad = (hidden[part] @ shard.T).to(lse.dtype).sub_(lse[part, None]).exp_()  # p
                 grad.mul_(-grad_logprobs[part, None])
             else:
+                logits = (hidden[part] @ shard.T).to(lse.dtype)
+                grad = (logits - lse[part, None]).exp_()
                 centred = logits.sub_(mean[part, None]).mul_(grad_entropy[part, None])
                 grad.mul_(centred.add_(grad_logprobs[part, None]).neg_())
             local = labels[part] - ctx.first
@@ -140,19 +147,25 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None, None, None, None
 
 
-def _shard_stats(hidden: Tensor, shard: Tensor, labels: Tensor, first: int, exact: torch.dtype) -> Tensor:
-    """[4, T]: max, sum of exp(z - max), sum of z exp(z - max), z of the label (0 where another shard has it)."""
+def _shard_stats(
+    hidden: Tensor, shard: Tensor, labels: Tensor, first: int, exact: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """[4, T]: max, sum of exp(z - max), sum of z exp(z - max), z of the label (0 where another shard has it).
+
+    And exp(z - max) itself, [T, rows of the shard].
+    """
     if shard.shape[0] == 0:  # a shard of nothing but padding
         stats = hidden.new_zeros(4, hidden.shape[0], dtype=exact)
         stats[0] = torch.finfo(exact).min
-        return stats
+        return stats, None
     logits = (hidden @ shard.T).to(exact)
     top = logits.amax(dim=1)
     local = labels - first
     mine = (local >= 0) & (local < shard.shape[0])
     target = logits.gather(1, local.clamp(0, shard.shape[0] - 1)[:, None]).squeeze(1)
     exp = (logits - top[:, None]).exp_()
-    return torch.stack((top, exp.sum(dim=1), exp.mul_(logits).sum(dim=1), torch.where(mine, target, 0.0)))
+    weighted = logits.mul_(exp).sum(dim=1)
+    return torch.stack((top, exp.sum(dim=1), weighted, torch.where(mine, target, 0.0))), exp
 
 
 def _merge(stats: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor, Tensor]:
