@@ -115,6 +115,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
         setattr(module, STANDIN, cuda)
         with warnings.catch_warnings():  # "Apex is not installed": known, and no news without a GPU
             warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
+            warnings.filterwarnings("ignore", category=DeprecationWarning)  # of Megatron's own modules among themselves
             super().exec_module(module)
         if module.__name__ == "megatron.core.jit":
             module.disable_jit_fuser()  # torch.compile needs a C++ compiler and costs more than it gives here

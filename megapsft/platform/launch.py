@@ -33,6 +33,12 @@ def joined_world() -> int | None:
     return int(environment["WORLD_SIZE"])
 
 
+def _stay_on_loopback() -> None:
+    """All ranks are on this machine: gloo need not listen on its other interfaces, nor resolve its name."""
+    if sys.platform.startswith("linux"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
 def die_with_launcher() -> None:
     """In a rank that `torchrun` above started: be killed when that process ends, however it ends (Linux)."""
     launcher = os.environ.get(LAUNCHED)
@@ -56,6 +62,7 @@ def become_world_of_one() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    _stay_on_loopback()
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
@@ -68,6 +75,7 @@ def torchrun(processes: int, arguments: Sequence[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ[LAUNCHED] = str(os.getpid())
+    _stay_on_loopback()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     config = LaunchConfig(
         min_nodes=1,
@@ -76,6 +84,7 @@ def torchrun(processes: int, arguments: Sequence[str]) -> int:
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
+        local_addr="127.0.0.1",
         max_restarts=0,
     )
     try:

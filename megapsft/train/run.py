@@ -240,10 +240,9 @@ def _open_sinks(plan: RunPlan, done: Progressed) -> Sinks:
     config, folder = plan.config, run_folder(plan.config)
     config_file(config).write_text(to_yaml(config))
     (folder / "revision.txt").write_text(revision() + "\n")
-    resumed = done.update if plan.checkpoint is not None else None
     trackers: list[Any] = []
     if config.log.tensorboard:
-        trackers.append(TensorBoard(folder / "tensorboard", resumed_at=resumed))
+        trackers.append(TensorBoard(folder / "tensorboard", resumed_at=done.update))
     if config.log.wandb != "disabled":
         trackers.append(
             WandB(folder, project=config.log.wandb_project, mode=config.log.wandb, name=folder.name, config=flatten(config))
