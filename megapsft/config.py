@@ -34,7 +34,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and activations; main parameters are fp32 always
     make_vocab_size_divisible_by: PositiveInt = 128
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
-    logprob_chunk_bytes: PositiveInt = 64 * 2**20  # fp32 logits held at once by the log-probability head, per rank
+    logprob_chunk_bytes: PositiveInt = 64 * 2**20  # of a chunk of fp32 logits; the head holds about two of them
 
 
 @dataclass(frozen=True, kw_only=True)

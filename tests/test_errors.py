@@ -83,6 +83,13 @@ CONFIG = [
     Case("too long for the model", "data.max_length=5000", "data.max_length=5000", "exceeds max_position_embeddings=4096",
          "use data.max_length=4096 or less"),
     Case("all rows too long", "data.max_length=8", "data.max_length=8", "drops all 64 rows", "raise it; the longest row has"),
+    Case("no run.dir", "run.dir=", "run.dir=''", "names no folder", "give one such as runs/first"),
+    Case("unknown best metric", "checkpoint.keep_best=true checkpoint.best_metric=train/los", "checkpoint.best_metric=train/los",
+         "is not a metric", "use one of train/loss"),
+    Case("nothing to recompute", "parallel.recompute_granularity=selective parallel.recompute_modules=[]",
+         "recompute_modules=[]", "names nothing to recompute", "use some of core_attn"),
+    Case("experts to recompute", "parallel.recompute_granularity=selective parallel.recompute_modules=[moe]",
+         "recompute_modules=moe", "the model has no experts", "use core_attn, mlp or layernorm"),
     Case("unknown recompute module", "parallel.recompute_modules=[core_attention]", "recompute_modules=core_attention",
          "is not known", "use some of core_attn, mlp, moe, layernorm"),
 ]  # fmt: skip
@@ -331,6 +338,30 @@ def test_a_checkpoint_of_another_shape(one_run, refused, tiny_models, tmp_path):
     says(refused(run=one_run, model=model), "(num_hidden_layers=4)", rule, "continue it with the model it was made from")
 
 
+def test_a_latest_that_points_nowhere(one_run, refused, tmp_path):
+    run = copied(one_run, tmp_path, "run")
+    shutil.rmtree(run / "checkpoints/step-00000002")
+    says(refused(run=run), "checkpoints/latest", "points at step-00000002, which is gone", "point it at a checkpoint")
+
+
+def test_a_damaged_state(one_run, refused, tmp_path):
+    run = copied(one_run, tmp_path, "run")
+    (run / "checkpoints/step-00000002/state.json").write_text("{")
+    says(refused(run=run), "state.json", "is damaged", "point `latest` at an older checkpoint")
+
+
+def test_a_truncated_checkpoint(one_run, tmp_path):
+    run = copied(one_run, tmp_path, "run")
+    for file in (run / "checkpoints/step-00000002").glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    done = megapsft("export", str(run), "--out", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert "cannot be read: ..." in done.stderr
+    assert "point `latest` at an older checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 # --- exporting
 
 
@@ -407,6 +438,14 @@ def infinite(tiny_models, tmp_path_factory) -> Path:
     tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = torch.inf
     save_file(tensors, model / SINGLE, metadata={"format": "pt"})
     return model
+
+
+def test_the_launcher_of_several_ranks_gives_their_exit_code(infinite, tiny_data, tmp_path):
+    options = [*SMALL, f"model.path={infinite}", f"data.path={tiny_data}", f"run.dir={tmp_path / 'run'}", f"{TP}=2"]
+    (tmp_path / "run.yaml").write_text("")
+    done = megapsft("train", "run.yaml", *options, "train.max_skipped_updates=1", cwd=tmp_path)
+    assert done.returncode == 3
+    assert "1 updates in a row were skipped" in done.stderr
 
 
 def test_training_stops_after_updates_that_are_all_skipped(infinite, tiny_data, tmp_path):

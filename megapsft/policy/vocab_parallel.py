@@ -76,7 +76,7 @@ def vocab_parallel_logprobs(
         weight: [V / p, D], this rank's rows of the padded vocabulary.
         labels: [T] int64, in [0, valid_vocab).
         valid_vocab: rows of the true vocabulary; the padded rows beyond have probability 0 and no gradient.
-        chunk_bytes: most bytes of fp32 logits at once.
+        chunk_bytes: of one chunk of fp32 logits; about two are held at once, and one until the backward where it has all tokens.
         entropy_gradient: whether the returned entropy carries a gradient.
 
     Returns:

@@ -35,7 +35,7 @@ def measure(old: Path, new: Path, data: Path, options: tuple[str, ...], samples:
         [
             f"model.path={old}", f"data.path={data}", "data.columns.prompt=question", "data.columns.demonstration=answer",
             "model.dtype=float32", "model.make_vocab_size_divisible_by=16", f"train.batch_size={samples}",
-            f"optimizer.clip_grad={CLIP}", "optimizer.weight_decay=0", "model.logprob_chunk_bytes=60000", *options,
+            f"optimizer.clip_grad={CLIP}", "optimizer.weight_decay=0", *options,
         ],
     )  # fmt: skip
     plan = plan_run(config, int(os.environ["WORLD_SIZE"]))

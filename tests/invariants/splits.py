@@ -20,6 +20,7 @@ NAMES = {
     "mbs": "data.micro_batch_size",
     "pack": "data.pack_length",
     "packing": "data.packing",
+    "chunk": "model.logprob_chunk_bytes",
     "dispatcher": "model.moe_token_dispatcher_type",
 }
 
@@ -44,6 +45,7 @@ SPLITS = (
     split("microbatches of 4", packing=False, mbs=4),
     split("packed to 256", pack=256),
     split("packed to 1024", pack=1024),
+    split("chunked logits", pack=256, chunk=60000),  # the head recomputes them; elsewhere one chunk holds all
     split("recompute full", pack=256, recompute="full"),
     split("recompute core_attn", pack=256, recompute="selective", modules="[core_attn]"),
     split("recompute mlp, layernorm", kinds=DENSE, pack=256, recompute="selective", modules="[mlp,layernorm]"),
@@ -52,6 +54,7 @@ SPLITS = (
     split("tp2+sp", 2, pack=256, tp=2, sp=True),
     split("tp2+sp unpacked", 2, packing=False, mbs=2, tp=2, sp=True),
     split("tp2+sp recompute full", 2, pack=256, tp=2, sp=True, recompute="full"),
+    split("tp2+sp chunked logits", 2, pack=256, tp=2, sp=True, chunk=60000),
     split("pp2", 2, pack=256, pp=2),
     split("pp2 unpacked", 2, packing=False, mbs=2, pp=2),
     split("pp2+vpp2", 2, pack=256, pp=2, vpp=2),

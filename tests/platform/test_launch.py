@@ -79,6 +79,7 @@ def test_alone(environment):
         ("node[1-4]", "node1"),
         ("node[07-09,12],other", "node07"),
         ("node[3,5]", "node3"),
+        ("node[1-2]-ib", "node1-ib"),
         ("gpu-a-[001-016]", "gpu-a-001"),
         ("n1.cluster.example", "n1.cluster.example"),
     ],

@@ -98,6 +98,19 @@ def test_without_entropy_gradient_the_entropy_is_a_constant():
     assert not entropy.requires_grad
 
 
+def test_what_one_chunk_keeps_gives_the_gradients_of_recomputing():
+    hidden, weight, labels = inputs(101)
+    expected_hidden, expected_weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    logprobs, _ = textbook(expected_hidden, expected_weight, labels)
+    loss_of(logprobs, torch.zeros_like(logprobs)).backward()
+    for chunk_bytes in (10**9, 4 * 101 * 7):
+        ours_hidden, ours_weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logprobs, entropy = head(ours_hidden, ours_weight, labels, chunk_bytes, entropy_gradient=False)
+        loss_of(logprobs, entropy).backward()
+        torch.testing.assert_close(ours_hidden.grad, expected_hidden.grad, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(ours_weight.grad, expected_weight.grad, rtol=1e-11, atol=1e-12)
+
+
 def test_more_words_than_rows_are_refused():
     hidden, weight, labels = inputs(101)
     with pytest.raises(Refused, match="vocabulary of 102: exceeds the 101 rows"):
@@ -123,13 +136,24 @@ def test_vocabulary_shards_agree_with_the_whole(ranks, vocab, rows):
     assert stacked[vocab:].abs().sum() == 0
 
 
-def _shard(vocab: int, rows: int):
+@pytest.mark.parametrize(("ranks", "vocab", "rows"), [(2, 101, 128), (4, 129, 256)])
+def test_shards_that_keep_their_chunk_agree_with_the_whole(ranks, vocab, rows):
+    hidden, weight, labels = inputs(vocab)
+    exact_hidden, exact_weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    logprobs, _ = textbook(exact_hidden, exact_weight, labels)
+    loss_of(logprobs, torch.zeros_like(logprobs)).backward()
+    results = run_ranks(ranks, _shard, vocab, rows, 10**9, False)
+    torch.testing.assert_close(sum(r[2] for r in results), exact_hidden.grad, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(torch.cat([r[3] for r in results])[:vocab], exact_weight.grad, rtol=1e-11, atol=1e-12)
+
+
+def _shard(vocab: int, rows: int, chunk_bytes: int = 4 * 50 * 8, entropy_gradient: bool = True):
     dist.init_process_group("gloo")
     hidden, weight, labels = inputs(vocab)
     padded = torch.cat([weight, torch.full((rows - vocab, D), 9.0, dtype=weight.dtype)])
     mine = padded.chunk(dist.get_world_size())[dist.get_rank()].clone().requires_grad_()
     hidden.requires_grad_()
-    logprobs, entropy = head(hidden, mine, labels, 4 * 50 * 8, valid=vocab, group=dist.group.WORLD)
+    logprobs, entropy = head(hidden, mine, labels, chunk_bytes, vocab, dist.group.WORLD, entropy_gradient)
     loss_of(logprobs, entropy).backward()
     result = logprobs.detach(), entropy.detach(), hidden.grad, mine.grad
     dist.destroy_process_group()
