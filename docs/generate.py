@@ -40,7 +40,6 @@ MEANINGS = {  # of keys whose line in the source has no comment
     "model.path": "Hugging Face folder: config.json, *.safetensors, tokenizer with a chat template",
     "model.make_vocab_size_divisible_by": "the embedding is padded to a multiple of this times TP, as in Megatron-LM",
     "objective.aggregation": "how per-token losses become one number; the loss is always a weighted sum over the update",
-    "objective.clip_low": "lower end of the clip; never binds while the advantage is not negative",
     "model.moe_token_dispatcher_type": "how tokens reach the ranks of their experts",
     "data.overlong": "what becomes of samples above `max_length`; `error` stops before the run starts",
     "data.packing": "several samples end to end in one row, none seeing another; no padding between them",

@@ -58,7 +58,7 @@ def test_a_new_objective_drops_the_options_of_the_old_one(tmp_path):
     (tmp_path / "psft.yaml").write_text("objective: {name: psft, clip_high: 0.3}\n")
     assert load_config(tmp_path / "psft.yaml", ["objective.name=sft"]).objective == {"name": "sft"}
     assert load_config(tmp_path / "psft.yaml", ["objective.name=psft"]).objective == {"name": "psft", "clip_high": 0.3}
-    assert load_config(tmp_path / "psft.yaml", ["objective.clip_low=0.1"]).objective["clip_high"] == 0.3
+    assert load_config(tmp_path / "psft.yaml", ["objective.entropy_threshold=0.1"]).objective["clip_high"] == 0.3
     (tmp_path / "sft.yaml").write_text("base: psft.yaml\nobjective: {name: sft, aggregation: seq-mean-token-mean}\n")
     assert load_config(tmp_path / "sft.yaml").objective == {"name": "sft", "aggregation": "seq-mean-token-mean"}
 

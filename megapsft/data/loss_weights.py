@@ -8,7 +8,7 @@ import numpy as np
 
 from megapsft.errors import Refused
 
-AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum-over-B-Lmax", "sum-over-Lmax")
+AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "sum-over-B-Lmax", "sum-over-Lmax", "token-sum")
 
 
 def loss_weights(mask: Iterable, aggregation: str, max_response_length: int | None = None) -> list[np.ndarray]:
@@ -22,6 +22,7 @@ def loss_weights(mask: Iterable, aggregation: str, max_response_length: int | No
         seq-mean-token-sum   m / S
         sum-over-B-Lmax      m / (B L)
         sum-over-Lmax        m / L
+        token-sum            m
 
     Where nothing is trained all weights are 0, never NaN. Computed in fp64.
 
@@ -57,5 +58,7 @@ def loss_weights(mask: Iterable, aggregation: str, max_response_length: int | No
             denominators = np.full(len(rows), len(rows) * max_response_length)
         case "sum-over-Lmax":
             denominators = np.full(len(rows), max_response_length)
+        case "token-sum":
+            denominators = np.ones(len(rows))
     weights = 1.0 / np.maximum(denominators, 1.0)  # a sample without trained tokens has a mask of zeros to multiply with
     return [row * weight for row, weight in zip(rows, weights, strict=True)]

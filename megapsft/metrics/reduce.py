@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megapsft.types import Metric
+from megapsft.types import Metric, Over
 
 
 class Reduction:
     """The metrics of one update, accumulated without waiting for the device.
 
-    With the mask m over all microbatches and ranks: mean = sum of m x / sum of m; max and min over the tokens with m = 1.
-    All in fp64; 0.0 where no token has m = 1. Values under the mask may be anything.
+    With the weights w of a metric (its own, or the mask) over all microbatches and ranks: sum = sum of w x, mean = that over
+    the sum of w, max and min over the tokens with w > 0. All in fp64; 0.0 where no token has w > 0, and values there may be
+    anything.
 
     Args:
         over: every key and its reduction. It must be the same on all ranks, and complete on those that will `add` nothing
@@ -31,29 +31,31 @@ class Reduction:
         {'objective/nll': 0.65}
     """
 
-    def __init__(self, over: Mapping[str, Literal["mean", "max", "min"]], device: torch.device | str = "cpu"):
+    def __init__(self, over: Mapping[str, Over], device: torch.device | str = "cpu"):
         self.over = dict(sorted(over.items()))
         zero = torch.zeros((), dtype=torch.float64, device=device)
-        self._sums = {key: zero for key, kind in self.over.items() if kind == "mean"}
+        self._sums = {key: zero for key, kind in self.over.items() if kind in ("mean", "sum")}
         self._counts = {key: zero for key in self._sums}
-        self._peaks = {key: zero - math.inf for key, kind in self.over.items() if kind != "mean"}  # of -x where it is min
+        self._peaks = {key: zero - math.inf for key, kind in self.over.items() if key not in self._sums}  # of -x where it is min
 
     def add(self, metrics: Mapping[str, Metric], mask: Tensor) -> None:
         """Take in the metrics of one microbatch.
 
         Args:
             metrics: of keys in `over` and with the same reductions; values [B, S].
-            mask: [B, S] bool.
+            mask: [B, S] bool; the weights of metrics that bring none.
         """
         for key, metric in metrics.items():
             if self.over.get(key) != metric.over:
                 raise ValueError(f"{key} is reduced over {metric.over!r}, announced was {self.over.get(key)!r}")
             values = metric.values.detach().double()
-            if metric.over == "mean":
-                self._sums[key] = self._sums[key] + torch.where(mask, values, 0.0).sum()
-                self._counts[key] = self._counts[key] + mask.sum()
+            weights = mask.double() if metric.weights is None else metric.weights.detach().double()
+            there = weights > 0
+            if metric.over in ("mean", "sum"):
+                self._sums[key] = self._sums[key] + torch.where(there, weights * values, 0.0).sum()
+                self._counts[key] = self._counts[key] + weights.sum()
             else:
-                peak = torch.where(mask, values if metric.over == "max" else -values, -math.inf).amax()
+                peak = torch.where(there, values if metric.over == "max" else -values, -math.inf).amax()
                 self._peaks[key] = torch.maximum(self._peaks[key], peak)
 
     def finish(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
@@ -68,7 +70,7 @@ class Reduction:
         totals, peaks = reduced
 
         means = zip(self._sums, totals[: len(self._sums)], totals[len(self._sums) :], strict=True)
-        result = {key: total / count if count else 0.0 for key, total, count in means}
+        result = {key: total / (count if self.over[key] == "mean" else 1) if count else 0.0 for key, total, count in means}
         for key, peak in zip(self._peaks, peaks, strict=True):
             result[key] = 0.0 if peak == -math.inf else peak if self.over[key] == "max" else -peak
         return {key: result[key] for key in self.over}

@@ -11,21 +11,22 @@ from torch import Tensor
 
 from megapsft.errors import Refused
 from megapsft.objectives._per_token import PerToken
+from megapsft.objectives._ratio import clamped_log_ratio, ratio_metrics
 from megapsft.types import Metric, Microbatch, PolicyOutput
-
-LOG_RATIO_LIMIT = 20.0  # exp stays far inside fp32; beyond it the gradient is 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class PSFT(PerToken):
-    """loss_t = -min(A_t r_t, A_t clip(r_t, 1 - clip_low, 1 + clip_high)), minimised, with
+    """loss_t = -min(A_t r_t, A_t clip(r_t, 0, 1 + clip_high)), minimised, with
 
         r_t = exp(clamp(l_t - l_old_t, -20, 20))        [B, S], l_old is the policy at the start of the step
         A_t = 1, or 1[H_old_t > entropy_threshold]      [B, S], strict
 
     Gradient: dloss_t/dl_t = -A_t r_t where r_t <= 1 + clip_high and |l_t - l_old_t| <= 20, else 0. The clip is one-sided: a
     token whose probability has risen enough since the start of the step is let go, one whose probability fell keeps its
-    gradient, so `clip_low` never binds while A_t >= 0. On the first update of a step r_t = 1, and the gradient is SFT's.
+    gradient. (The lower clip of the paper's scripts, 0.2, never binds while A_t >= 0, and so there is no such option;
+    `freeze_below` is what a clip from both sides would have to be.) On the first update of a step r_t = 1, and the gradient
+    is SFT's.
 
     Source: Proximal Supervised Fine-Tuning (Zhu et al., ICLR 2026), Eq. 6 and 7 (printed as a quantity to maximise);
     entropy as advantage: Appendix C.2.
@@ -40,19 +41,18 @@ class PSFT(PerToken):
         gradient     [-1.1618, -0.9048,  0], before the weights of 1/3
     """
 
-    clip_low: float = 0.2
     clip_high: float | None = 0.28  # None: no clip, an ablation
+    freeze_below: float | None = None  # also let go of tokens with r_t < 1 - freeze_below, an ablation: clipped from both sides
+    old_policy: Literal["step", "reference"] = "step"  # refreshed every step, or never: the frozen reference, an ablation
     entropy_threshold: float | None = None  # nats; trains only tokens where the old policy was less sure than this
     entropy_denominator: Literal["all", "selected"] = "all"  # token-mean over trained tokens, or those over the threshold
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.clip_low <= 1:
-            raise Refused(f"clip_low={self.clip_low}", "must lie in 0..1: ratios are positive", "the paper's scripts use 0.2")
         if self.clip_high is not None and not self.clip_high >= 0:
             raise Refused(f"clip_high={self.clip_high}", "must be 0 or more", "the paper uses 0.28; null turns clipping off")
-        if self.entropy_denominator not in ("all", "selected"):
-            raise Refused(f"entropy_denominator={self.entropy_denominator!r}", "is not known", "use all or selected")
+        if self.freeze_below is not None and not 0 <= self.freeze_below < 1:
+            raise Refused(f"freeze_below={self.freeze_below}", "must lie in 0..1: ratios are positive", "use 0.2, or null")
         if self.entropy_denominator == "selected" and self.entropy_threshold is None:
             raise Refused("entropy_denominator='selected'", "selects nothing without entropy_threshold", "set entropy_threshold")
         if self.entropy_denominator == "selected" and self.aggregation != "token-mean":
@@ -64,39 +64,39 @@ class PSFT(PerToken):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"old_logprobs"} if self.entropy_threshold is None else {"old_logprobs", "old_entropy"})
+        anchor = {"old_logprobs"} if self.old_policy == "step" else {"ref_logprobs"}
+        return frozenset(anchor if self.entropy_threshold is None else anchor | {"old_entropy"})
 
     @property
-    def selects(self) -> bool:
-        return self.entropy_denominator == "selected"
+    def totals_need(self) -> frozenset[str] | None:
+        return frozenset({"old_entropy"}) if self.entropy_denominator == "selected" else None
 
-    def select(self, batch: Microbatch) -> Tensor | None:
-        return self._advantage(batch) if self.selects else None
+    def totals(self, batch: Microbatch) -> Mapping[str, Tensor]:
+        return {"trained": batch.loss_mask.sum(), "selected": self._advantage(batch).sum()}
 
     def __call__(self, output: PolicyOutput, batch: Microbatch) -> tuple[Tensor, Mapping[str, Metric]]:
         """Losses [B, S] of the dtype of `output.logprobs`, 0 where masked, and the metrics.
 
-        A token counts as clipped where clipping made its loss strictly larger.
+        A token counts as clipped where clipping made its loss strictly larger, or froze it from below.
         """
         logprobs = torch.where(batch.loss_mask, output.logprobs, 0)
-        old_logprobs = torch.where(batch.loss_mask, batch.old_logprobs, 0)
-        log_ratio = (logprobs - old_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        old_logprobs = batch.old_logprobs if self.old_policy == "step" else batch.ref_logprobs
+        log_ratio = clamped_log_ratio(logprobs, old_logprobs, batch.loss_mask)
         ratio = log_ratio.exp()
         advantage = self._advantage(batch).to(ratio.dtype)
 
         unclipped = clipped = -advantage * ratio
         if self.clip_high is not None:
-            clipped = -advantage * ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+            clipped = -advantage * ratio.clamp(max=1 + self.clip_high)
         loss = torch.maximum(unclipped, clipped)
-
-        return loss, {
-            "objective/nll": Metric(-logprobs.detach()),
-            "objective/clip_fraction": Metric((clipped > unclipped).to(ratio.dtype)),
-            "objective/ratio_mean": Metric(ratio.detach()),
-            "objective/ratio_max": Metric(ratio.detach(), "max"),
-            "objective/ratio_min": Metric(ratio.detach(), "min"),
-            "objective/ppo_kl": Metric(-log_ratio.detach()),
-        }
+        frozen = clipped > unclipped
+        if self.freeze_below is not None:
+            low = 1 - self.freeze_below
+            loss = torch.where(ratio < low, -advantage * low, loss)
+            frozen = frozen | ((ratio < low) & (advantage > 0))
+        if self.totals_need:
+            loss = loss * (batch.totals["trained"] / max(1.0, batch.totals["selected"]))
+        return loss, ratio_metrics(logprobs, log_ratio, frozen)
 
     def _advantage(self, batch: Microbatch) -> Tensor:
         """[B, S] bool, False where masked."""

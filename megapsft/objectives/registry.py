@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 import megapsft.objectives
 from megapsft.errors import Refused
-from megapsft.objectives._per_token import PerToken
+from megapsft.objectives._base import Base
 from megapsft.types import Objective
 
 
@@ -23,7 +23,7 @@ def objective_names() -> tuple[str, ...]:
     return tuple(sorted(name for name in found if not name.startswith("_") and name != "registry"))
 
 
-def objective_class(name: str) -> type[PerToken]:
+def objective_class(name: str) -> type[Base]:
     """The one objective that the file of this name defines.
 
     Raises:
@@ -44,7 +44,7 @@ def build_objective(options: Mapping[str, Any]) -> Objective:
 
     Example:
         >>> build_objective({"name": "psft", "clip_high": 0.2})
-        PSFT(aggregation='token-mean', max_response_length=None, clip_low=0.2, clip_high=0.2, ...)
+        PSFT(aggregation='token-mean', max_response_length=None, clip_high=0.2, freeze_below=None, ...)
     """
     options = dict(options)
     if "name" not in options:

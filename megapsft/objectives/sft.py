@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megapsft.objectives._per_token import PerToken
+from megapsft.objectives._ratio import metrics_without_ratio
 from megapsft.types import Metric, Microbatch, PolicyOutput
 
 
@@ -31,13 +32,5 @@ class SFT(PerToken):
 
     def __call__(self, output: PolicyOutput, batch: Microbatch) -> tuple[Tensor, Mapping[str, Metric]]:
         """Losses [B, S] of the dtype of `output.logprobs`, 0 where masked, and the metrics."""
-        loss = -torch.where(batch.loss_mask, output.logprobs, 0)
-        zero, one = torch.zeros_like(loss), torch.ones_like(loss)
-        return loss, {
-            "objective/nll": Metric(loss.detach()),
-            "objective/clip_fraction": Metric(zero),
-            "objective/ratio_mean": Metric(one),
-            "objective/ratio_max": Metric(one, "max"),
-            "objective/ratio_min": Metric(one, "min"),
-            "objective/ppo_kl": Metric(zero),
-        }
+        logprobs = torch.where(batch.loss_mask, output.logprobs, 0)
+        return -logprobs, metrics_without_ratio(logprobs)

@@ -10,6 +10,15 @@ from megapsft.objectives.sft import SFT
 from megapsft.types import PolicyOutput
 from tests.oracles.batches import microbatch
 
+VARIANTS = [  # beside the defaults, for the contract
+    {"clip_high": None},
+    {"freeze_below": 0.1},
+    {"old_policy": "reference"},
+    {"entropy_threshold": 0.9},
+    {"entropy_threshold": 0.9, "entropy_denominator": "selected"},
+    {"aggregation": "sum-over-B-Lmax", "max_response_length": 7},
+]
+
 
 def evaluate(objective, logprobs, old_logprobs, old_entropy=None, weights=None):
     """(losses, gradient of their weighted sum, metrics); everything [S], all of it trained."""
@@ -17,7 +26,8 @@ def evaluate(objective, logprobs, old_logprobs, old_entropy=None, weights=None):
     mask = torch.ones(logprobs.shape, dtype=torch.bool)
     weights = torch.ones(logprobs.shape) if weights is None else weights
     old_entropy = None if old_entropy is None else torch.tensor([old_entropy])
-    batch = microbatch(mask, weights, torch.tensor([old_logprobs]), old_entropy)
+    old_logprobs = torch.tensor([old_logprobs])
+    batch = microbatch(mask, weights, old_logprobs=old_logprobs, old_entropy=old_entropy, ref_logprobs=old_logprobs + 0.1)
     losses, metrics = objective(PolicyOutput(logprobs=logprobs, entropy=torch.zeros(logprobs.shape)), batch)
     (gradient,) = torch.autograd.grad((weights * losses).sum(), logprobs)
     return losses.detach()[0], gradient[0], {key: metric.values[0] for key, metric in metrics.items()}
@@ -41,15 +51,24 @@ def test_at_ratio_one_the_gradient_is_that_of_sft_bitwise():
 
 
 def test_the_clip_is_one_sided():
-    losses, gradient, metrics = evaluate(PSFT(clip_low=0.2, clip_high=0.28), [-1.0, -1.0], [-2.0, -0.1])
-    torch.testing.assert_close(losses, torch.tensor([-1.28, -math.exp(-0.9)]))  # the second is far below 1 - clip_low
+    losses, gradient, metrics = evaluate(PSFT(clip_high=0.28), [-1.0, -1.0], [-2.0, -0.1])
+    torch.testing.assert_close(losses, torch.tensor([-1.28, -math.exp(-0.9)]))  # the second fell far
     torch.testing.assert_close(gradient, torch.tensor([0.0, -math.exp(-0.9)]))
     assert metrics["objective/clip_fraction"].tolist() == [1, 0]
 
 
-def test_clip_low_never_binds():
-    arguments = ([-0.2, -4.0, -0.05], [-0.35, -1.0, -0.6])
-    assert torch.equal(evaluate(PSFT(clip_low=0.0), *arguments)[1], evaluate(PSFT(clip_low=1.0), *arguments)[1])
+def test_frozen_from_below_as_well():
+    losses, gradient, metrics = evaluate(PSFT(freeze_below=0.2), [-1.0, -1.0, -1.0], [-2.0, -0.1, -0.9])
+    torch.testing.assert_close(losses, torch.tensor([-1.28, -0.8, -math.exp(-0.1)]))
+    torch.testing.assert_close(gradient, torch.tensor([0.0, 0.0, -math.exp(-0.1)]))
+    assert metrics["objective/clip_fraction"].tolist() == [1, 1, 0]
+
+
+def test_an_old_policy_that_is_never_refreshed_is_the_reference():
+    objective = PSFT(old_policy="reference")
+    assert objective.needs == {"ref_logprobs"}
+    _, gradient, _ = evaluate(objective, [-1.0], [-1.2])
+    torch.testing.assert_close(gradient, torch.tensor([-math.exp(0.1)]))  # the reference lies 0.1 above the old policy
 
 
 def test_without_a_clip_the_ratio_is_free():
@@ -85,11 +104,11 @@ def test_entropy_as_advantage_is_strict():
     assert (metrics["objective/clip_fraction"] == 0).all()  # the last is over the clip, and not selected
 
 
-def test_selects_only_where_the_denominator_asks_for_it():
+def test_counts_only_where_the_denominator_asks_for_it():
     mask = torch.tensor([[True, True, True, False]])
-    batch = microbatch(mask, mask / 3, torch.zeros(1, 4), torch.tensor([[0.5, 0.3, 0.31, 9.0]]))
-    selected = PSFT(entropy_threshold=0.3, entropy_denominator="selected").select(batch)
-    assert selected.tolist() == [[True, False, True, False]]
-    assert PSFT(entropy_threshold=0.3).select(batch) is None
-    assert PSFT().select(batch) is None
-    assert PSFT().needs == {"old_logprobs"}
+    batch = microbatch(mask, mask / 3, old_logprobs=torch.zeros(1, 4), old_entropy=torch.tensor([[0.5, 0.3, 0.31, 9.0]]))
+    objective = PSFT(entropy_threshold=0.3, entropy_denominator="selected")
+    assert objective.totals_need == {"old_entropy"}
+    assert objective.totals(batch) == {"trained": 3, "selected": 2}
+    assert PSFT(entropy_threshold=0.3).totals_need is None
+    assert PSFT().totals_need is None

@@ -38,7 +38,7 @@ def test_leaves_the_config_as_it_is():
         ({"name": "psft", "clip_high": "much"}, "objective.clip_high='much'"),
         ({"name": "psft", "clip_high": float("nan")}, "finite"),
         ({"name": "psft", "clip_high": -0.1}, "0 or more"),
-        ({"name": "psft", "clip_low": 1.1}, "0..1"),
+        ({"name": "psft", "freeze_below": 1.1}, "0..1"),
         ({"name": "psft", "entropy_denominator": "selected"}, "entropy_threshold"),
         (
             {"name": "psft", "entropy_threshold": 0.3, "entropy_denominator": "selected", "aggregation": "seq-mean-token-sum"},

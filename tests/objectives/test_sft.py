@@ -8,6 +8,8 @@ from tests.oracles.batches import microbatch
 
 MASK = torch.tensor([[True, True, False]])
 
+VARIANTS = [{"aggregation": "seq-mean-token-mean"}]
+
 
 def losses_and_metrics():
     output = PolicyOutput(logprobs=torch.tensor([[-0.2, -1.1, -0.5]]), entropy=torch.zeros(1, 3))
@@ -19,9 +21,9 @@ def test_the_example_of_the_docstring():
     assert torch.equal(losses, torch.tensor([[0.2, 1.1, 0.0]]))
 
 
-def test_needs_no_second_pass_and_selects_nothing():
+def test_needs_no_second_pass_and_counts_nothing():
     assert SFT().needs == frozenset()
-    assert SFT().select(microbatch(MASK, MASK / 2)) is None
+    assert SFT().totals_need is None
 
 
 def test_its_ratio_is_one_by_definition():

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from megapsft.data.loss_weights import loss_weights
-from megapsft.objectives._per_token import PerToken
-from megapsft.types import Microbatch
+from megapsft.types import Microbatch, Objective
 
 
-def microbatch(
-    mask: Tensor, weights: Tensor, old_logprobs: Tensor | None = None, old_entropy: Tensor | None = None
-) -> Microbatch:
-    """One row a sample, [B, S]; what objectives over single tokens do not read is zero."""
+def microbatch(mask: Tensor, weights: Tensor, **fields: Any) -> Microbatch:
+    """One row a sample, [B, S], demonstrations without rewards unless `fields` of the microbatch say otherwise."""
     zeros = torch.zeros(mask.shape, dtype=torch.long)
+    given = {
+        "sample_ids": torch.arange(len(mask))[:, None].expand(mask.shape),
+        "samples": len(mask),
+        "demonstration": torch.ones(mask.shape, dtype=torch.bool),
+        "rewards": torch.zeros(mask.shape),
+        "advantages": torch.zeros(mask.shape),
+    }
     return Microbatch(
         token_ids=zeros,
         labels=zeros,
         position_ids=zeros,
         loss_mask=mask,
         loss_weights=weights,
-        sample_ids=zeros,
         cu_seqlens=None,
         max_seqlen=mask.shape[1],
-        old_logprobs=old_logprobs,
-        old_entropy=old_entropy,
+        **given | fields,
     )
 
 
@@ -35,14 +40,10 @@ def weigh(mask: Tensor, aggregation: str, max_response_length: int | None, dtype
     return torch.stack([torch.as_tensor(row) for row in rows]).to(dtype)
 
 
-def update_batch(
-    objective: PerToken, mask: Tensor, dtype: torch.dtype, old_logprobs: Tensor | None = None, old_entropy: Tensor | None = None
-) -> Microbatch:
-    """The one microbatch of an update, weighed as the training step weighs it."""
-    weights = weigh(mask, objective.aggregation, objective.max_response_length, dtype)
-    batch = microbatch(mask, weights, old_logprobs, old_entropy)
-    selected = objective.select(batch)
-    if selected is None:
+def update_batch(objective: Objective, mask: Tensor, dtype: torch.dtype, **fields: Any) -> Microbatch:
+    """The one microbatch of an update, weighed and counted as the training step does it."""
+    batch = microbatch(mask, weigh(mask, objective.aggregation, objective.max_response_length, dtype), **fields)
+    if objective.totals_need is None:
         return batch
-    rescale = mask.sum().to(dtype) / selected.sum().clamp(min=1)
-    return microbatch(mask, weights * rescale, old_logprobs, old_entropy)
+    totals = {key: float(value) for key, value in objective.totals(batch).items()}
+    return dataclasses.replace(batch, totals=totals)

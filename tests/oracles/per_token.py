@@ -24,6 +24,7 @@ def evaluate_sft(case: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 def evaluate_psft(case: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """A case with `theta0` trains a softmax from there; the others are one loss."""
     hparams = dict(case["hparams"])
+    hparams.pop("clip_low", None)  # of the reference scripts; it never binds, and is no option here
     if "theta0" in case["inputs"]:
         schedule = {key: hparams.pop(key) for key in ("train_batch", "mini_batch", "lr", "optimizer", "steps")}
         return evaluate_schedule(build("psft", hparams), case["inputs"], dtype, **schedule)
@@ -45,7 +46,7 @@ def evaluate(objective: PerToken, case: dict[str, Any], dtype: torch.dtype) -> d
     given = {key: torch.tensor(value, dtype=dtype) for key, value in case["inputs"].items() if key != "mask"}
     mask = torch.tensor(case["inputs"]["mask"], dtype=torch.bool)
     logprobs, entropy = given["logprobs"].requires_grad_(), given["entropy"]
-    batch = update_batch(objective, mask, dtype, given.get("old_logprobs"), entropy)
+    batch = update_batch(objective, mask, dtype, old_logprobs=given.get("old_logprobs"), old_entropy=entropy)
 
     losses, metrics = objective(PolicyOutput(logprobs=logprobs, entropy=entropy), batch)
     loss = (batch.loss_weights * losses).sum()

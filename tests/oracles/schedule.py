@@ -42,7 +42,7 @@ def evaluate_schedule(
             theta.requires_grad_()
             logprobs, entropy = forward(theta, pairs[chosen])
             mask = torch.ones(logprobs.shape, dtype=torch.bool)
-            batch = update_batch(objective, mask, dtype, old_logprobs[chosen], old_entropy[chosen])
+            batch = update_batch(objective, mask, dtype, old_logprobs=old_logprobs[chosen], old_entropy=old_entropy[chosen])
             losses, metrics = objective(PolicyOutput(logprobs=logprobs, entropy=entropy), batch)
             loss = (batch.loss_weights * losses).sum()
             (gradient,) = torch.autograd.grad(loss, theta)
