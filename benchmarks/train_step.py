@@ -57,8 +57,9 @@ from megapsft.objectives.registry import build_objective
 from megapsft.platform.launch import become_world_of_one
 from megapsft.train.phases import Phase
 from megapsft.train.plan import RunPlan, plan_run
+from megapsft.train.prepare import with_constants
 from megapsft.train.run import Run, start
-from megapsft.train.update import Report, add_old_policy, update
+from megapsft.train.update import Report, update
 from megapsft.types import Sample
 
 UPDATES_A_STEP = 8  # as in the paper
@@ -249,9 +250,9 @@ def phase(run: Run, name: str) -> Phase:
 def our_updates(run: Run, samples: list[Sample], phase: Phase, step: int, clock: Clock) -> list[Report]:
     """What `megapsft.train.loop` does with a step, short of the checkpoint."""
     with clock.part("packing"):
-        batch = run.pack(samples, phase.objective)
+        batch = run.pack([(sample,) for sample in samples], phase.objective)
     with clock.part("old policy"):
-        batch = add_old_policy(run.policy, batch, phase.objective)
+        batch = with_constants(run.policy, None, batch, phase.objective)
     reports = []
     for minibatch in batch.minibatches:
         reports.append(update(run.policy, phase.objective, run.optimizer, minibatch, run.learning_rate(step, phase)))
@@ -322,7 +323,7 @@ def psft_against_sft(settings: Settings, run: Run) -> dict[str, Any]:
     phases = {name: phase(run, name) for name in names}
     tokens = []
     for step in range(settings.psft_rounds):
-        samples = run.source.next_samples(step)
+        samples = [sample for group in run.source.next_groups(step) for sample in group]
         tokens.append(sum(map(len, samples)))
         for name in names if step % 2 == 0 else reversed(names):
             begin = now()
@@ -384,7 +385,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     )
     plan = our_plan(settings, model, data, folder)
     steps = -(-updates // UPDATES_A_STEP)
-    samples = [sample for step in range(steps) for sample in plan.source.next_samples(step)]
+    samples = [sample for step in range(steps) for group in plan.source.next_groups(step) for sample in group]
     samples = samples[: updates * settings.minibatch_size]
     trainer = build_peer(settings, model, samples, plan.template.pad_token_id, updates, folder / "trainer")
     parameters = sum(p.numel() for p in trainer.model.parameters())

@@ -35,6 +35,9 @@ class ModelConfig:
     make_vocab_size_divisible_by: PositiveInt = 128
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     logprob_chunk_bytes: PositiveInt = 64 * 2**20  # of a chunk of fp32 logits; the head holds about two of them
+    logprob_backend: Literal["auto", "torch", "triton", "reference"] = "auto"  # auto: triton on CUDA, else torch
+    moe_aux_loss_coeff: NonNegativeFloat = 0.0  # of the balance of experts within each sequence, summed over layers
+    moe_routing_replay: bool = False  # the training pass chooses the experts that the old pass chose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,22 +46,33 @@ class ColumnsConfig:
 
     __pydantic_config__ = STRICT
     prompt: str = "prompt"  # a string, or chat messages [{"role": ..., "content": ...}]
-    demonstration: str = "demonstration"  # a string
+    demonstration: str = "demonstration"  # a string; where kind=rollouts it may be absent
+    chosen: str = "chosen"  # kind=preferences: a string, or chat messages that end with the assistant's
+    rejected: str = "rejected"  # the same
+    chosen_ref_logprobs: str = "chosen_ref_logprobs"  # optional: a list, one of the reference for each response token
+    rejected_ref_logprobs: str = "rejected_ref_logprobs"  # the same
+    rollouts: str = "rollouts"  # kind=rollouts: [{"response": ..., "reward": ...}, ...], see docs/data.md
+    prompt_token_ids: str = "prompt_token_ids"  # kind=rollouts, optional: a list, instead of the prompt
+    demonstration_reward: str = "demonstration_reward"  # kind=rollouts, optional: a number; default: 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     __pydantic_config__ = STRICT
     path: str = ""  # .jsonl or .parquet
+    kind: Literal["demonstrations", "preferences", "rollouts"] = "demonstrations"  # what a row of `path` is
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     system_prompt: str | None = None  # put before prompts that have no system turn
-    max_length: PositiveInt = 2048  # tokens of prompt and demonstration together
+    max_length: PositiveInt = 2048  # tokens of prompt and response together
     overlong: Literal["drop", "truncate", "error"] = "drop"
     packing: bool = True
     pack_length: PositiveInt = 4096  # positions in one packed microbatch; never below the longest sample
     micro_batch_size: PositiveInt = 1  # rows in one microbatch where packing is off
     shuffle: bool = True
     limit: PositiveInt | None = None  # only the first rows
+    select: Literal["rft", "raft"] | None = None  # train on the best rollouts alone: all with enough reward, or one a prompt
+    select_threshold: float = 1.0  # of rft: the least reward that is kept
+    dedupe: bool = False  # of rft: of rollouts of a prompt with the same tokens, keep the first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +83,8 @@ class TrainConfig:
     minibatch_size: PositiveInt | None = None  # samples an update; default: batch_size
     sft_warmup_steps: NonNegativeInt = 0  # steps of plain SFT before the objective, with their own optimizer state
     sft_warmup_lr: NonNegativeFloat = 2e-5  # constant
+    temperature: PositiveFloat = 1.0  # divides the logits in every pass; for rollouts, the temperature they were sampled at
+    no_grad_microbatches: PositiveInt = 1  # packed ones that a pass of the old or reference policy takes as one; 1: same bits
     seed: int = 1234
     max_skipped_updates: PositiveInt = 10  # updates skipped one after the other before the run stops
 
@@ -87,6 +103,26 @@ class OptimizerConfig:
     adam_beta2: NonNegativeFloat = 0.999
     adam_eps: PositiveFloat = 1e-8
     clip_grad: PositiveFloat = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """The frozen policy that some objectives compare with."""
+
+    __pydantic_config__ = STRICT
+    path: str | None = None  # a Hugging Face folder; default: the weights that the objective's phase starts from
+    placement: Literal["swap", "copy"] = "swap"  # in host memory, exchanged for each pass; or a second model on the device
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig:
+    """The value function of PPO: a model of the policy's architecture with a scalar head, and its own AdamW."""
+
+    __pydantic_config__ = STRICT
+    path: str | None = None  # a Hugging Face folder of the same architecture; default: model.path
+    lr: NonNegativeFloat = 1e-5  # constant
+    weight_decay: NonNegativeFloat = 0.01
+    warmup_steps: NonNegativeInt = 0  # steps of the critic alone before the policy is updated too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +178,8 @@ class Config:
     objective: dict[str, Any] = field(default_factory=lambda: {"name": "psft"})
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)

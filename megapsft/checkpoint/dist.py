@@ -13,9 +13,9 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,20 +39,30 @@ ARCHITECTURE = ("architecture", "vocab_size", "hidden_size", "num_hidden_layers"
                 "head_dim", "intermediate_size", "num_experts", "moe_intermediate_size", "tie_word_embeddings")  # fmt: skip
 
 
-class Checkpoints:
-    """The checkpoints of one run: saved in the background, found again, pruned."""
+class Trained(NamedTuple):
+    """A model with its optimizer."""
 
-    def __init__(self, folder: Path, config: CheckpointConfig):
-        self.folder, self.config = folder, config
+    policy: Policy
+    optimizer: ChainedOptimizer
+
+
+class Checkpoints:
+    """The checkpoints of one run: saved in the background, found again, pruned.
+
+    Args:
+        pinned: steps whose checkpoints are never pruned.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig, pinned: frozenset[int] = frozenset()):
+        self.folder, self.config, self.pinned = folder, config, pinned
         self.pending = AsyncCallsQueue()
 
-    def save(
-        self, step: int, state: dict[str, Any], policy: Policy, optimizer: ChainedOptimizer, score: float | None = None
-    ) -> None:
+    def save(self, step: int, state: dict[str, Any], models: Mapping[str, Trained], score: float | None = None) -> None:
         """Collective. Start writing the state after `step` steps; returns before it is on disk where `async_save`.
 
         Args:
             state: JSON values, given back by `read_state`; only the first rank's counts.
+            models: by the prefix of their keys: "" is the policy, "critic." a critic.
             score: lower is better; None is never best.
         """
         self.finish()  # one at a time
@@ -61,12 +71,15 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         torch.distributed.barrier()
-        for chunk in policy.chunks:  # with overlapped gathering, parameters are stale until asked for
-            if chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync(force_sync=True)
-        content: dict[str, Any] = {"model": model_state(policy.gpt_models()), "rng": _generators()}
-        content["optimizer"] = sharded_state(optimizer, content["model"], is_loading=False)
-        record = dict(state, adam_step=adam_step(optimizer), score=score, mesh=_mesh(policy), **_architecture(policy.hf))
+        content: dict[str, Any] = {"rng": _generators()}
+        record = dict(state, score=score, mesh=_mesh(models[""].policy), **shape_of(models[""].policy.hf))
+        for prefix, (policy, optimizer) in models.items():
+            for chunk in policy.chunks:  # with overlapped gathering, parameters are stale until asked for
+                if chunk.ddp_config.overlap_param_gather:
+                    chunk.start_param_sync(force_sync=True)
+            content[f"{prefix}model"] = model_state(policy.gpt_models(), prefix)
+            content[f"{prefix}optimizer"] = sharded_state(optimizer, content[f"{prefix}model"], is_loading=False)
+            record[f"{prefix}adam_step"] = adam_step(optimizer)
         request = save_checkpoint(content, str(partial), async_sharded_save=self.config.async_save)
 
         def publish() -> None:
@@ -88,26 +101,30 @@ class Checkpoints:
         """Collective. Publish what has been written; wait for it where `blocking`."""
         self.pending.maybe_finalize_async_calls(blocking=blocking)
 
-    def load(self, path: Path, policy: Policy, optimizer: ChainedOptimizer | None) -> None:
-        """Collective. Fill the policy (and the optimizer, where given) from `path`, whatever split wrote it.
+    def load(self, path: Path, models: Mapping[str, Trained], with_optimizer: bool = True) -> None:
+        """Collective. Fill the models (and their optimizers, where asked) from `path`, whatever split wrote it.
 
         Raises:
             Refused: a checkpoint of another architecture.
         """
-        state = read_state(path)
+        state, policy = read_state(path), models[""].policy
         check_architecture(path, state, policy.hf)
-        content: dict[str, Any] = {"model": model_state(policy.gpt_models())}
-        if optimizer is not None:
-            content["optimizer"] = sharded_state(optimizer, content["model"], is_loading=True)
+        content: dict[str, Any] = {}
+        for prefix, (part, optimizer) in models.items():
+            content[f"{prefix}model"] = model_state(part.gpt_models(), prefix)
+            if with_optimizer:
+                content[f"{prefix}optimizer"] = sharded_state(optimizer, content[f"{prefix}model"], is_loading=True)
         same_mesh = state["mesh"] == _mesh(policy)
-        if optimizer is not None and same_mesh:
+        if with_optimizer and same_mesh:
             content["rng"] = _generators()
         loaded = _read(content, path)
-        _fill(policy.gpt_models(), loaded["model"])
-        if optimizer is not None:
-            load_state(optimizer, model_state(policy.gpt_models()), loaded["optimizer"], state["adam_step"])
-            if same_mesh:
-                _restore_generators(loaded["rng"].data if isinstance(loaded["rng"], ShardedObject) else loaded["rng"])
+        for prefix, (part, optimizer) in models.items():
+            _fill(part.gpt_models(), loaded[f"{prefix}model"], prefix)
+            if with_optimizer:
+                sharded = model_state(part.gpt_models(), prefix)
+                load_state(optimizer, sharded, loaded[f"{prefix}optimizer"], state[f"{prefix}adam_step"])
+        if with_optimizer and same_mesh:
+            _restore_generators(loaded["rng"].data if isinstance(loaded["rng"], ShardedObject) else loaded["rng"])
 
     def _keep(self, newest: Path, score: float | None) -> None:
         """Move `best`, then delete all but the last few and the best."""
@@ -118,6 +135,7 @@ class Checkpoints:
                 _point(best, newest.name)
         names = sorted(path.name for path in self.folder.glob("step-*") if not path.name.endswith(".partial"))
         keep = set(names[-max(1, self.config.keep_last) :]) | {newest.name}
+        keep |= {self._folder(step).name for step in self.pinned}
         if best.exists():
             keep.add(best.resolve().name)
         for name in names:
@@ -156,7 +174,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def check_architecture(path: Path, state: dict[str, Any], hf: HFConfig) -> None:
     """Refuse to load a checkpoint into a model of another shape."""
-    for name, value in _architecture(hf).items():
+    for name, value in shape_of(hf).items():
         if state[name] != value:
             raise Refused(
                 f"{path} ({name}={state[name]})",
@@ -165,9 +183,9 @@ def check_architecture(path: Path, state: dict[str, Any], hf: HFConfig) -> None:
             )
 
 
-def model_state(chunks: Sequence[GPTModel]) -> dict[str, Any]:
+def model_state(chunks: Sequence[GPTModel], prefix: str = "") -> dict[str, Any]:
     """Sharded tensors of all chunks; keys are of the whole model, so any split can read them."""
-    return {f"chunk{index}": gpt.sharded_state_dict() for index, gpt in enumerate(chunks)}
+    return {f"chunk{index}": gpt.sharded_state_dict(prefix=prefix) for index, gpt in enumerate(chunks)}
 
 
 def load_model(path: Path, chunks: Sequence[GPTModel]) -> None:
@@ -183,12 +201,14 @@ def _read(content: dict[str, Any], path: Path) -> dict[str, Any]:
         raise Refused(str(path), f"cannot be read: ...{reason}", "point `latest` at an older checkpoint") from error
 
 
-def _fill(chunks: Sequence[GPTModel], loaded: dict[str, Any]) -> None:
+def _fill(chunks: Sequence[GPTModel], loaded: dict[str, Any], prefix: str = "") -> None:
     for index, gpt in enumerate(chunks):
-        gpt.load_state_dict(loaded[f"chunk{index}"], strict=True)
+        state = loaded[f"chunk{index}"]
+        gpt.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()}, strict=True)
 
 
-def _architecture(hf: HFConfig) -> dict[str, Any]:
+def shape_of(hf: HFConfig) -> dict[str, Any]:
+    """What two models must have in common for one to hold the other's weights."""
     return {name: getattr(hf, name) for name in ARCHITECTURE}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megapsft.data.rows import Row
+from megapsft.data.rows import Prompt, Row
 from megapsft.errors import Refused
 
 ROWS_AT_ONCE = 1024  # handed to the tokenizer together: enough for its threads, and few enough that lists of ids stay small
@@ -63,7 +63,7 @@ class ChatTemplate:
         pad = self.tokenizer.pad_token_id
         return self.terminator_id if pad is None else pad
 
-    def render_prompt(self, prompt: str | list[dict[str, Any]], system_prompt: str | None = None) -> str:
+    def render_prompt(self, prompt: Prompt, system_prompt: str | None = None) -> str:
         """The text of the prompt up to where the response begins.
 
         Args:
@@ -78,9 +78,7 @@ class ChatTemplate:
             messages = [{"role": "system", "content": system_prompt}, *messages]
         return self._render(messages, add_generation_prompt=True)
 
-    def encode(
-        self, prompt: str | list[dict[str, Any]], demonstration: str, system_prompt: str | None = None
-    ) -> tuple[np.ndarray, int]:
+    def encode(self, prompt: Prompt, demonstration: str, system_prompt: str | None = None) -> tuple[np.ndarray, int]:
         """(token_ids [n] int32, prompt_length): the first prompt_length ids are the prompt, the others the response.
 
         Raises:
@@ -94,18 +92,45 @@ class ChatTemplate:
         Raises:
             Refused: the template does not take the messages, or the terminator stands inside the demonstration; names the row.
         """
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            chunk = rows[start : start + ROWS_AT_ONCE]
-            prompts = self._tokenise([self._render_row(row, system_prompt) for row in chunk])
-            responses = self._tokenise([row.demonstration for row in chunk])
-            for row, prompt, response in zip(chunk, prompts, responses, strict=True):
-                yield np.array(prompt + self._terminate(response, row.source), dtype=np.int32), len(prompt)
+        sources = [row.source for row in rows]
+        prompts = self.encode_prompts([row.prompt for row in rows], sources, system_prompt)
+        responses = self.encode_responses([row.demonstration for row in rows], sources)
+        for prompt, response in zip(prompts, responses, strict=True):
+            yield np.array(prompt + response, dtype=np.int32), len(prompt)
 
-    def _render_row(self, row: Row, system_prompt: str | None) -> str:
+    def encode_prompts(
+        self, prompts: Sequence[Prompt], sources: Sequence[str], system_prompt: str | None = None
+    ) -> Iterator[list[int]]:
+        """The ids of each prompt, up to where the response begins, tokenised many at a time.
+
+        Raises:
+            Refused: the template does not take the messages; names the source.
+        """
+        for start in range(0, len(prompts), ROWS_AT_ONCE):
+            some = slice(start, start + ROWS_AT_ONCE)
+            rows = zip(prompts[some], sources[some], strict=True)
+            yield from self._tokenise([self._render_at(source, prompt, system_prompt) for prompt, source in rows])
+
+    def encode_responses(
+        self, responses: Sequence[str], sources: Sequence[str], finished: Sequence[bool] | None = None
+    ) -> Iterator[list[int]]:
+        """The ids of each response with its terminator, or without where it is not `finished`; tokenised many at a time.
+
+        Raises:
+            Refused: the terminator stands inside the response; names the source.
+        """
+        for start in range(0, len(responses), ROWS_AT_ONCE):
+            some = slice(start, start + ROWS_AT_ONCE)
+            ids = self._tokenise(list(responses[some]))
+            ends = [True] * len(ids) if finished is None else finished[some]
+            for response, source, end in zip(ids, sources[some], ends, strict=True):
+                yield self._terminate(response, source, end)
+
+    def _render_at(self, source: str, prompt: Prompt, system_prompt: str | None) -> str:
         try:
-            return self.render_prompt(row.prompt, system_prompt)
+            return self.render_prompt(prompt, system_prompt)
         except Refused as refusal:
-            raise Refused(f"{row.source}: {refusal.value}", refusal.rule, refusal.remedy) from None
+            raise Refused(f"{source}: {refusal.value}", refusal.rule, refusal.remedy) from None
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         try:
@@ -118,11 +143,11 @@ class ChatTemplate:
     def _tokenise(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def _terminate(self, response: list[int], source: str) -> list[int]:
-        """The ids of a demonstration, ending with the terminator, which is nowhere else."""
-        if not response or response[-1] != self.terminator_id:
+    def _terminate(self, response: list[int], source: str, finished: bool) -> list[int]:
+        """The ids of a response, ending with the terminator where it is finished; it is nowhere else."""
+        if finished and (not response or response[-1] != self.terminator_id):
             response = [*response, self.terminator_id]
-        if response.index(self.terminator_id) != len(response) - 1:
+        if self.terminator_id in response[: len(response) - finished]:
             token = self.tokenizer.convert_ids_to_tokens(self.terminator_id)
             rule = f"has the turn terminator {token} before its end, so the model would learn to go on after its turn"
             raise Refused(source, rule, "split it into turns, or take the token out of the text")

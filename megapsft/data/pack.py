@@ -10,39 +10,47 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.distributed import ProcessGroup
 
 from megapsft.data.loss_weights import loss_weights
 from megapsft.data.plan import Layout, Plan, plan_update, round_up
-from megapsft.types import Microbatch, Minibatch, Sample, TrainBatch
+from megapsft.types import Group, Microbatch, Minibatch, Sample, TrainBatch
 
 
 def pack(
-    samples: Sequence[Sample],
+    groups: Sequence[Group],
     *,
     minibatch_size: int,
     layout: Layout,
     aggregation: str,
     max_response_length: int | None = None,
     pad_token_id: int,
+    together: bool = False,
+    context_group: ProcessGroup | None = None,
 ) -> TrainBatch:
     """This rank's part of one step.
 
-    The samples are cut in order into minibatches of `minibatch_size`; the last may be smaller. Loss weights are those of
+    The groups are cut in order into minibatches of `minibatch_size` groups; the last may be smaller. Loss weights are those of
     `loss_weights` over a whole minibatch, all ranks: the loss of an update is the plain sum of weight * per-token loss.
+
+    Args:
+        together: all samples of a group go into the same microbatch (preferences); groups are then equally large.
+        context_group: the ranks that hold the other context-parallel slices, for sums over whole samples.
 
     Raises:
         Refused: as `loss_weights`.
     """
     minibatches = []
-    for start in range(0, len(samples), minibatch_size):
-        update = samples[start : start + minibatch_size]
+    for start in range(0, len(groups), minibatch_size):
+        update = [sample for group in groups[start : start + minibatch_size] for sample in group]
         targets = [sample.loss_mask[1:] for sample in update]  # by the position that predicts; nothing predicts a first token
         weights = loss_weights(targets, aggregation, max_response_length)
-        plans = plan_update([len(sample) for sample in update], layout)
+        plans = plan_update([len(sample) for sample in update], layout, len(groups[start]) if together else 1)
         minibatches.append(
             Minibatch(
                 microbatches=tuple(
-                    fill(plan, update, weights, layout, pad_token_id) for plan in plans[layout.data_parallel_rank]
+                    fill(plan, update, weights, layout, pad_token_id, context_group)
+                    for plan in plans[layout.data_parallel_rank]
                 ),
                 trained_tokens=int(sum(target.sum() for target in targets)),
                 forward_tokens=sum(len(plan.rows) * plan.length for share in plans for plan in share),
@@ -53,7 +61,14 @@ def pack(
     return TrainBatch(minibatches=tuple(minibatches))
 
 
-def fill(plan: Plan, samples: Sequence[Sample], weights: Sequence[np.ndarray], layout: Layout, pad_token_id: int) -> Microbatch:
+def fill(
+    plan: Plan,
+    samples: Sequence[Sample],
+    weights: Sequence[np.ndarray],
+    layout: Layout,
+    pad_token_id: int,
+    context_group: ProcessGroup | None = None,
+) -> Microbatch:
     """The tensors of one planned microbatch, sliced for this context-parallel rank.
 
     Args:
@@ -64,8 +79,11 @@ def fill(plan: Plan, samples: Sequence[Sample], weights: Sequence[np.ndarray], l
     token_ids = np.full(shape, pad_token_id, dtype=np.int64)
     labels = np.zeros(shape, dtype=np.int64)
     loss_mask = np.zeros(shape, dtype=bool)
-    token_weights = np.zeros(shape, dtype=np.float32)
     sample_ids = np.full(shape, -1, dtype=np.int64)
+    per_token = {"loss_weights": np.zeros(shape, dtype=np.float32)}
+    for name in ("rollout_logprobs", "ref_logprobs"):
+        if getattr(samples[0], name) is not None:  # all samples have them, or none
+            per_token[name] = np.zeros(shape, dtype=np.float32)
     borders = [0]  # between sequences; an unpacked row is one sequence
     for row, members in enumerate(plan.rows):
         start = 0
@@ -75,7 +93,8 @@ def fill(plan: Plan, samples: Sequence[Sample], weights: Sequence[np.ndarray], l
             sample_ids[row, start:end] = i
             labels[row, start : end - 1] = np.where(sample.loss_mask[1:], sample.token_ids[1:], 0)
             loss_mask[row, start : end - 1] = sample.loss_mask[1:]
-            token_weights[row, start : end - 1] = weights[i]
+            for name, tokens in per_token.items():
+                tokens[row, start : end - 1] = weights[i] if name == "loss_weights" else getattr(sample, name)[1:]
             start += round_up(len(sample), layout.sequence_multiple)
             if layout.packing:
                 borders.append(start)
@@ -91,15 +110,23 @@ def fill(plan: Plan, samples: Sequence[Sample], weights: Sequence[np.ndarray], l
     def own(positions: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(positions[:, mine]))
 
+    def of_samples(values: list[float], padding: float, dtype: type) -> torch.Tensor:
+        return own(np.array([*values, padding], dtype=dtype)[sample_ids])  # padding has the index -1
+
     return Microbatch(
         token_ids=own(token_ids),
         labels=own(labels),
         position_ids=own(np.broadcast_to(position_ids, shape)),
         loss_mask=own(loss_mask),
-        loss_weights=own(token_weights),
         sample_ids=own(sample_ids),
         cu_seqlens=torch.from_numpy(cu_seqlens) if layout.packing else None,
         max_seqlen=int(sequences.max()),
+        samples=len(samples),
+        context_group=context_group,
+        demonstration=of_samples([sample.demonstration for sample in samples], False, bool),
+        rewards=of_samples([sample.reward for sample in samples], 0.0, np.float32),
+        advantages=of_samples([sample.advantage for sample in samples], 0.0, np.float32),
+        **{name: own(tokens) for name, tokens in per_token.items()},
     )
 
 

@@ -52,19 +52,23 @@ class Plan:
     length: int  # S, not sliced
 
 
-def plan_update(lengths: Sequence[int], layout: Layout) -> list[list[Plan]]:
+def plan_update(lengths: Sequence[int], layout: Layout, together: int = 1) -> list[list[Plan]]:
     """The microbatches of one update: a list for each data-parallel rank, all lists equally long.
 
     Args:
         lengths: tokens of each sample of the update, at least one sample.
+        together: so many samples, one behind the other, go into the same microbatch (2: the sides of a preference); it
+            divides their number, and `layout.micro_batch_size`.
     """
     padded = [round_up(length, layout.sequence_multiple) for length in lengths]
-    return plan_packed(padded, layout) if layout.packing else plan_rows(padded, layout)
+    units = [tuple(range(start, start + together)) for start in range(0, len(lengths), together)]
+    return plan_packed(padded, units, layout) if layout.packing else plan_rows(padded, units, layout)
 
 
-def plan_packed(lengths: Sequence[int], layout: Layout) -> list[list[Plan]]:
+def plan_packed(lengths: Sequence[int], units: Sequence[tuple[int, ...]], layout: Layout) -> list[list[Plan]]:
     """Microbatches of one row with many sequences; largest first and to and fro over the ranks, which evens out their sums."""
-    loads = [(sum(lengths[i] for i in one), one) for one in bins(lengths, layout)]
+    sizes = [sum(lengths[i] for i in unit) for unit in units]
+    loads = [(sum(sizes[number] for number in one), one) for one in bins(sizes, layout)]
     loads.sort(key=lambda load: (-load[0], load[1]))
     size = layout.data_parallel_size
     order: list[Plan] = []
@@ -72,29 +76,32 @@ def plan_packed(lengths: Sequence[int], layout: Layout) -> list[list[Plan]]:
         to_and_fro = 1 if start // size % 2 == 0 else -1
         for load, one in loads[start : start + size][::to_and_fro]:
             needed = loads[0][0] if layout.equal_lengths else load
-            order.append(Plan((tuple(one),), round_up(max(needed, 1), layout.length_multiple)))
+            row = tuple(i for number in one for i in units[number])
+            order.append(Plan((row,), round_up(max(needed, 1), layout.length_multiple)))
     return [order[rank::size] for rank in range(size)]
 
 
-def plan_rows(lengths: Sequence[int], layout: Layout) -> list[list[Plan]]:
+def plan_rows(lengths: Sequence[int], units: Sequence[tuple[int, ...]], layout: Layout) -> list[list[Plan]]:
     """Microbatches of rows with one sample each, in order, dealt to the ranks in turn.
 
-    No group has more than micro_batch_size samples, and sizes differ by one at most: a group of few next to full ones would
-    be a microbatch of padding where B must be equal, and a rank with little to do where it need not.
+    No microbatch has more than micro_batch_size samples, and sizes differ by one unit at most: one of few samples next to full
+    ones would be padding where B must be equal, and a rank with little to do where it need not.
     """
+    together = len(units[0])
     count = round_up(-(-len(lengths) // layout.micro_batch_size), layout.count_multiple)
     order: list[Plan] = []
-    for group in np.array_split(np.arange(len(lengths)), count):
-        among = range(len(lengths)) if layout.equal_lengths else group
+    for chosen in np.array_split(np.arange(len(units)), count):
+        members = [i for number in chosen for i in units[number]]
+        among = range(len(lengths)) if layout.equal_lengths else members
         longest = max((lengths[i] for i in among), default=1)
-        height = -(-len(lengths) // count) if layout.equal_lengths else max(len(group), 1)
-        rows = [(int(i),) for i in group] + [()] * (height - len(group))
+        height = -(-len(units) // count) * together if layout.equal_lengths else max(len(members), 1)
+        rows = [(i,) for i in members] + [()] * (height - len(members))
         order.append(Plan(tuple(rows), round_up(longest, layout.length_multiple)))
     return [order[rank :: layout.data_parallel_size] for rank in range(layout.data_parallel_size)]
 
 
 def bins(lengths: Sequence[int], layout: Layout) -> list[list[int]]:
-    """Samples that share a packed microbatch; as many bins as all ranks need, empty ones only where samples are too few.
+    """Units that share a packed microbatch; as many bins as all ranks need, empty ones only where units are too few.
 
     Best fit decreasing says how many bins the capacity asks for. That number is rounded up to what the ranks need, and a
     search for the least capacity that needs no more bins makes them even (MULTIFIT; Coffman, Garey, Johnson 1978). Even

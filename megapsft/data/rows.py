@@ -1,42 +1,78 @@
-"""Rows of a JSONL or Parquet file: a prompt and its demonstration, checked where they enter."""
+"""Rows of a JSONL or Parquet file, by named columns; prompts and texts checked where they enter."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megapsft.config import ColumnsConfig
 from megapsft.errors import Refused
 
 ROLES = ("system", "user", "assistant", "tool")
+DEFAULTS = ColumnsConfig()
+
+Prompt = str | list[dict[str, Any]]  # a user turn, or chat messages [{"role": ..., "content": ...}]
+Record = tuple[str, dict[str, Any]]  # "file:line", and the row as it stands in the file
 
 
 @dataclass(frozen=True)
 class Row:
     """One demonstration as it stands in the file."""
 
-    prompt: str | list[dict[str, Any]]  # a user turn, or chat messages [{"role": ..., "content": ...}]
+    prompt: Prompt
     demonstration: str
     source: str  # "file:line"; lines and Parquet rows count from 1
 
 
 def read_rows(path: str | Path, columns: ColumnsConfig, limit: int | None = None) -> list[Row]:
-    """All rows of `path` (.jsonl or .parquet), or the first `limit`; what lies behind the limit is not looked at.
+    """All demonstrations of `path` (.jsonl or .parquet), or the first `limit`; what lies behind the limit is not looked at.
 
     Raises:
-        Refused: no such file, another suffix, malformed or empty file, missing column, wrong type, blank prompt or
-            demonstration, malformed chat messages. Names the file and the line.
+        Refused: as `read_records`; wrong type, blank prompt or demonstration, malformed chat messages. Names the file and the
+            line.
+    """
+    records = read_records(path, columns, ("prompt", "demonstration"), limit=limit)
+    return [parse_row(record, columns, source) for source, record in records]
+
+
+def read_records(
+    path: str | Path,
+    columns: ColumnsConfig,
+    required: Iterable[str],
+    optional: Iterable[str] = (),
+    limit: int | None = None,
+) -> list[Record]:
+    """All rows of `path` (.jsonl or .parquet), or the first `limit`; what lies behind the limit is not looked at.
+
+    Args:
+        required: keys of `columns` whose column every row has.
+        optional: keys of `columns` whose column a row may have; one under another name than the default must be in some row.
+
+    Raises:
+        Refused: no such file, another suffix, malformed or empty file, missing column. Names the file and the line.
     """
     reader, path = _reader(path)
-    records = itertools.islice(reader(path, columns), limit)
-    rows = [parse_row(record, columns, source) for source, record in records]
-    if not rows:
+    needed, possible = named(columns, required), named(columns, optional)
+    records = list(itertools.islice(reader(path, needed, possible), limit))
+    if not records:
         raise Refused(f"data.path={str(path)!r}", "holds no rows", "name a file with at least one")
-    return rows
+    for key, name in possible.items():
+        if name != getattr(DEFAULTS, key) and not any(name in record for _, record in records):
+            present = dict.fromkeys(column for _, record in records for column in record)
+            rule = f"is a column of no row; there are: {', '.join(map(str, present))}"
+            raise Refused(f"data.columns.{key}={name}", rule, "name one of them, or leave it out")
+    return records
+
+
+def named(columns: ColumnsConfig, keys: Iterable[str]) -> dict[str, str]:
+    """Key of `data.columns` -> name of the column."""
+    return {key: getattr(columns, key) for key in keys}
 
 
 def read_texts(path: str | Path) -> Iterator[str]:
@@ -46,7 +82,7 @@ def read_texts(path: str | Path) -> Iterator[str]:
         Refused: as `read_rows`, but for what it says of columns.
     """
     reader, path = _reader(path)
-    for _, record in reader(path, None):
+    for _, record in reader(path, None, {}):
         yield from _strings(record)
 
 
@@ -58,7 +94,7 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _reader(path: str | Path) -> tuple[Callable[..., Iterator[tuple[str, dict[str, Any]]]], Path]:
+def _reader(path: str | Path) -> tuple[Callable[..., Iterator[Record]], Path]:
     path = Path(path)
     if path.suffix not in READERS:
         raise Refused(f"data.path={str(path)!r}", "must end in .jsonl or .parquet", "convert the file, or name another")
@@ -67,8 +103,8 @@ def _reader(path: str | Path) -> tuple[Callable[..., Iterator[tuple[str, dict[st
     return READERS[path.suffix], path
 
 
-def read_jsonl(path: Path, columns: ColumnsConfig | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(source, record) of each line; blank lines are allowed at the end only."""
+def read_jsonl(path: Path, required: Mapping[str, str] | None, optional: Mapping[str, str]) -> Iterator[Record]:
+    """(source, record) of each line, with all its columns; blank lines are allowed at the end only."""
     blank = None
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -84,21 +120,23 @@ def read_jsonl(path: Path, columns: ColumnsConfig | None) -> Iterator[tuple[str,
                 raise Refused(source, f"is not a line of JSON ({error})", "write one JSON object a line, in UTF-8") from None
             if not isinstance(record, dict):
                 raise Refused(source, f"is a JSON {type(record).__name__}, not an object", "write one JSON object a line")
-            if columns is not None:
-                check_columns(record, columns, source)
+            if required is not None:
+                check_columns(record, required, source)
             yield source, record
 
 
-def read_parquet(path: Path, columns: ColumnsConfig | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(source, record) of each row; only the two columns are read (all, where None is given), a batch of rows at a time."""
+def read_parquet(path: Path, required: Mapping[str, str] | None, optional: Mapping[str, str]) -> Iterator[Record]:
+    """(source, record) of each row; only the named columns are read (all, where None is required), a batch of rows at a time."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if columns is not None:
-                check_columns(file.schema_arrow.names, columns, f"{path}:1")
-            wanted = None if columns is None else [columns.prompt, columns.demonstration]
+            wanted = None
+            if required is not None:
+                present = file.schema_arrow.names
+                check_columns(present, required, f"{path}:1")
+                wanted = [*required.values(), *(name for name in optional.values() if name in present)]
             batches = file.iter_batches(batch_size=1024, columns=wanted)
             records = (record for batch in batches for record in batch.to_pylist())
             for number, record in enumerate(records, start=1):
@@ -110,10 +148,10 @@ def read_parquet(path: Path, columns: ColumnsConfig | None) -> Iterator[tuple[st
 READERS = {".jsonl": read_jsonl, ".parquet": read_parquet}
 
 
-def check_columns(present: Iterable[str], columns: ColumnsConfig, source: str) -> None:
-    """Refuses where one of the two columns is not `present`."""
+def check_columns(present: Iterable[str], required: Mapping[str, str], source: str) -> None:
+    """Refuses where a column of `required` (key of data.columns -> name) is not `present`."""
     present = list(present)
-    for key, name in (("prompt", columns.prompt), ("demonstration", columns.demonstration)):
+    for key, name in required.items():
         if name in present:
             continue
         rule = f"is missing; the row has: {', '.join(map(str, present)) or 'no columns'}"
@@ -125,13 +163,16 @@ def check_columns(present: Iterable[str], columns: ColumnsConfig, source: str) -
 
 
 def parse_row(record: dict[str, Any], columns: ColumnsConfig, source: str) -> Row:
-    """The row in a record that has both columns."""
-    prompt, demonstration = record[columns.prompt], record[columns.demonstration]
-    at = f"{source}: column {columns.prompt!r}"
+    """The demonstration in a record that has both columns."""
+    prompt = parse_prompt(record[columns.prompt], f"{source}: column {columns.prompt!r}")
+    demonstration = parse_text(record[columns.demonstration], f"{source}: column {columns.demonstration!r}")
+    return Row(prompt, demonstration, source)
+
+
+def parse_prompt(prompt: Any, at: str) -> Prompt:
+    """The prompt, with messages as `parse_message` gives them; it does not end with an assistant turn, nor blank."""
     if isinstance(prompt, list):
-        prompt = [parse_message(message, f"{at}, message {number}") for number, message in enumerate(prompt, start=1)]
-        if not prompt:
-            raise Refused(at, "is an empty list of messages", "end it with a user turn")
+        prompt = parse_messages(prompt, at)
         if prompt[-1]["role"] == "assistant":
             raise Refused(at, "ends with an assistant turn", "move that turn to the demonstration; end with a user turn")
         check_text(prompt[-1]["content"], f"{at}, message {len(prompt)}")
@@ -139,12 +180,22 @@ def parse_row(record: dict[str, Any], columns: ColumnsConfig, source: str) -> Ro
         check_text(prompt, at)
     else:
         raise Refused(at, f"is a {type(prompt).__name__}", "write a string or a list of chat messages")
+    return prompt
 
-    at = f"{source}: column {columns.demonstration!r}"
-    if not isinstance(demonstration, str):
-        raise Refused(at, f"is a {type(demonstration).__name__}", "write a string")
-    check_text(demonstration, at)
-    return Row(prompt, demonstration, source)
+
+def parse_text(text: Any, at: str) -> str:
+    """The text, which is a string and not blank."""
+    if not isinstance(text, str):
+        raise Refused(at, f"is a {type(text).__name__}", "write a string")
+    check_text(text, at)
+    return text
+
+
+def parse_messages(messages: list[Any], at: str) -> list[dict[str, Any]]:
+    """The messages, at least one."""
+    if not messages:
+        raise Refused(at, "is an empty list of messages", "end it with a user turn")
+    return [parse_message(message, f"{at}, message {number}") for number, message in enumerate(messages, start=1)]
 
 
 def parse_message(message: Any, at: str) -> dict[str, Any]:
@@ -157,6 +208,16 @@ def parse_message(message: Any, at: str) -> dict[str, Any]:
         raise Refused(at, f"has content of type {type(message.get('content')).__name__}", "write a string")
     check_unicode(message["content"], at)
     return {key: value for key, value in message.items() if value is not None}
+
+
+def parse_logprobs(values: Any, at: str) -> np.ndarray:
+    """[n] fp32 of a list of log-probabilities: finite, and above 0 only by rounding."""
+    if not isinstance(values, list) or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+        raise Refused(at, "is not a list of numbers", "write one log-probability for each response token, terminator included")
+    for number, value in enumerate(values, start=1):
+        if not -1e38 < value <= 1e-3:  # fp32 holds it, and nan is refused too
+            raise Refused(f"{at}, entry {number}", f"is {value}", "a log-probability is finite and at most 0")
+    return np.array(values, dtype=np.float32)
 
 
 def check_text(text: str, at: str) -> None:

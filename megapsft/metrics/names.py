@@ -21,6 +21,11 @@ METRICS: dict[str, str] = {
     "objective/ratio_max": "largest ratio; above 1 on the first update of a step it measures numerical noise",
     "objective/ratio_min": "smallest ratio",
     "objective/ppo_kl": "mean of old_logprobs - logprobs, clamped (the k1 estimate; may be negative)",
+    # of experts, where model.moe_aux_loss_coeff is set
+    "moe/aux_loss": "balance loss of the experts, its coefficient included, summed over layers",
+    # of PPO's critic
+    "critic/loss": "value loss",
+    "critic/grad_norm": "global L2 norm of the critic's gradient before clipping",
     # how much went through
     "data/trained_tokens": "tokens with a loss",
     "data/real_tokens": "positions that are not padding",

@@ -5,6 +5,7 @@ Both spell their checkpoints alike: a run may be trained on one kind of machine 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megapsft.models.attention import SDPAttention
+from megapsft.models.router import Router
 from megapsft.platform.compat import have_transformer_engine
 
 
@@ -37,11 +39,14 @@ class Norm:
 def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec | TransformerBlockSubmodules:
     """The layers that this rank's (virtual) pipeline stage builds."""
     if have_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(
+        spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
         )
+        if config.num_moe_experts is not None:
+            _use_our_router(spec)
+        return spec
     layers = [_local_layer(config)] * get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)
 
@@ -60,6 +65,13 @@ def _local_layer(config: TransformerConfig) -> ModuleSpec:
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = Norm
     if config.num_moe_experts is not None:
+        _use_our_router(spec)
         # Transformer Engine's spec stores this norm apart for MoE; the local one would file it under linear_fc1
         layer.sharded_state_dict_keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     return spec
+
+
+def _use_our_router(layer: ModuleSpec) -> None:
+    mlp = layer.submodules.mlp
+    experts = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules  # a partial in newer Megatron
+    experts.router = Router

@@ -19,7 +19,7 @@ from megapsft.models.layer_spec import layer_spec
 from megapsft.models.rope import inverse_frequencies
 from megapsft.parallel import Mesh, ModelShape
 from megapsft.platform.compat import have_transformer_engine
-from megapsft.policy.vocab_parallel import LogprobHead
+from megapsft.policy.vocab_parallel import LogprobHead, resolve_backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -34,6 +34,9 @@ class Policy:
     hf: HFConfig
     source: Path  # the Hugging Face folder it came from
     mesh: Mesh
+    temperature: float = 1.0  # divides the logits in every pass
+    routing_replay: bool = False  # the training pass chooses the experts of the old pass
+    no_grad_microbatches: int = 1  # packed ones that a pass without gradient takes as one
 
     @property
     def device(self) -> torch.device:
@@ -42,8 +45,8 @@ class Policy:
     def gpt_models(self) -> list[GPTModel]:
         return [unwrap(chunk) for chunk in self.chunks]
 
-    def head(self) -> LogprobHead | None:
-        """The output layer, on the last pipeline stage."""
+    def head(self) -> torch.nn.Module | None:
+        """The output layer, on the last pipeline stage: a LogprobHead, or a critic's ValueHead."""
         last = self.gpt_models()[-1]
         return last.output_layer if last.post_process else None
 
@@ -106,8 +109,9 @@ def transformer_config(
         options |= dict(
             moe_token_dispatcher_type=model.moe_token_dispatcher_type,
             moe_grouped_gemm=have_transformer_engine(),
-            # no auxiliary loss: with calculate_per_token_loss Megatron scales it by 1 / (tp cp), and it counts padding
+            # Megatron's would be scaled by 1 / (tp cp) with calculate_per_token_loss, and count padding; ours: models/router.py
             moe_router_load_balancing_type="none",
+            moe_aux_loss_coeff=model.moe_aux_loss_coeff,
         )
     if parallel.recompute_granularity == "full":
         options |= dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
@@ -136,17 +140,22 @@ def build_chunks(config: TransformerConfig, hf: HFConfig, model: ModelConfig, me
         # ours: Megatron knows one rope scaling, and hard-codes its original context length
         gpt.rotary_pos_emb.inv_freq = inverse_frequencies(hf).to(gpt.rotary_pos_emb.inv_freq.device)
         if gpt.post_process:
-            LogprobHead.adopt(gpt.output_layer, hf.vocab_size, model.logprob_chunk_bytes)
+            backend = resolve_backend(model.logprob_backend)
+            LogprobHead.adopt(gpt.output_layer, hf.vocab_size, model.logprob_chunk_bytes, backend)
         if torch.cuda.is_available():
             gpt.cuda(torch.cuda.current_device())
         chunks.append(gpt)
     return chunks
 
 
+def half(chunks: list[GPTModel], config: TransformerConfig) -> list[torch.nn.Module]:
+    """Wrapped for mixed precision where the config asks for it."""
+    return [Float16Module(config, chunk) for chunk in chunks] if config.bf16 else list(chunks)
+
+
 def distribute(chunks: list[GPTModel], config: TransformerConfig, parallel: ParallelConfig) -> list[torch.nn.Module]:
     """Wrap for mixed precision and data parallelism: fp32 gradients, summed (not averaged) over the data-parallel ranks."""
-    if config.bf16:
-        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    chunks = half(chunks, config)
     options = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,

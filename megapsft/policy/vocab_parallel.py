@@ -12,6 +12,9 @@ rank's (max, sum of exp, sum of z exp, z_y) of every token is all-gathered and m
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import (
@@ -22,6 +25,21 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from megapsft.errors import Refused
+from megapsft.types import VocabularyTerm
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadRequest:
+    labels: Tensor
+    temperature: float = 1.0
+    entropy_gradient: bool = False
+    term: VocabularyTerm | None = None
+    ref_hidden: Tensor | None = None
+    ref_weight: Tensor | None = None
+
+
+def resolve_backend(name: str) -> str:
+    return "torch"
 
 
 class LogprobHead(ColumnParallelLinear):
@@ -31,31 +49,32 @@ class LogprobHead(ColumnParallelLinear):
     not), so `adopt` changes its class in place. With `labels` None it gives logits, as before.
     """
 
-    labels: Tensor | None
+    request: HeadRequest | Literal["hidden"] | None
     valid_vocab: int
     chunk_bytes: int
-    entropy_gradient: bool  # False: the entropy is a constant, which halves the elementwise work of the backward
 
     @classmethod
-    def adopt(cls, layer: ColumnParallelLinear, valid_vocab: int, chunk_bytes: int) -> LogprobHead:
+    def adopt(cls, layer: ColumnParallelLinear, valid_vocab: int, chunk_bytes: int, backend: str = "torch") -> LogprobHead:
         layer.__class__ = cls
-        layer.labels, layer.valid_vocab, layer.chunk_bytes, layer.entropy_gradient = None, valid_vocab, chunk_bytes, False
+        layer.request, layer.valid_vocab, layer.chunk_bytes = None, valid_vocab, chunk_bytes
         return layer
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, None]:
         """[S, B, D] (or its sequence-parallel shard) -> [S, B, 2] fp32: log-probability and entropy of `labels` [B, S]."""
-        if self.labels is None:
+        if self.request == "hidden":
+            return input_, None
+        if self.request is None:
             return super().forward(input_, weight, runtime_gather_output)
         weight = self.weight if weight is None else weight
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(input_, tensor_parallel_output_grad=True, group=self.tp_group)
         else:
             hidden = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
-        labels = self.labels.transpose(0, 1).reshape(-1)
+        labels = self.request.labels.transpose(0, 1).reshape(-1)
         logprobs, entropy = vocab_parallel_logprobs(
-            hidden.flatten(0, 1), weight, labels, self.tp_group, self.valid_vocab, self.chunk_bytes, self.entropy_gradient
+            hidden.flatten(0, 1), weight, labels, self.tp_group, self.valid_vocab, self.chunk_bytes, self.request.entropy_gradient
         )
         return torch.stack((logprobs, entropy), dim=-1).view(*hidden.shape[:2], 2), None
 

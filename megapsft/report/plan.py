@@ -29,12 +29,14 @@ def show_plan(plan: RunPlan, whole: bool) -> None:
 def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
     """(name, text) of everything that the plan knows."""
     config, hf, mesh = plan.config, plan.hf, plan.mesh
-    data, update = plan.demonstrations, plan.first_update()
+    data, update = plan.data, plan.first_update()
     padded = padded_vocab_size(hf.vocab_size, config.model.make_vocab_size_divisible_by, mesh.tp)
     experts = f", {hf.num_experts} experts (top {hf.num_experts_per_tok})" if hf.num_experts else ""
     tokens = data.prompt_tokens + data.response_tokens
     positions = sum(len(micro.rows) * micro.length for share in update for micro in share)
-    filled = sum(len(s) for s in plan.source.next_samples(0)[: plan.minibatch_size]) / positions
+    groups = plan.source.next_groups(0)[: plan.minibatch_size]
+    filled = sum(len(sample) for group in groups for sample in group) / positions
+    samples = sum(len(group) for group in data.groups)
     longest = max(micro.length for share in update for micro in share)
     rates = ", ".join(
         f"{phase.name} {learning_rate(phase.optimizer, 0, phase.steps):.3g} to "
@@ -49,11 +51,11 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
         ("model", f"{hf.architecture}, {parameter_count(hf):,} parameters, {hf.num_hidden_layers} layers{experts}"),
         ("", f"{config.model.dtype}, vocabulary {hf.vocab_size:,} padded to {padded:,}"),
         ("split", f"{mesh.world_size} process(es): {mesh.describe()}"),
-        ("data", f"{len(data.samples):,} of {data.rows:,} rows ({data.dropped} dropped, {data.truncated} truncated)"),
-        ("", f"{tokens:,} tokens, {data.response_tokens:,} of them trained; mean length {tokens / len(data.samples):.1f}"),
+        ("data", f"{len(data.groups):,} of {data.rows:,} rows ({data.dropped} dropped, {data.truncated} truncated)"),
+        ("", f"{tokens:,} tokens, {data.response_tokens:,} of them trained; mean length {tokens / samples:.1f}"),
         ("steps", f"{steps}; {plan.updates_per_step} update(s) a step; {resumed}"),
         ("", f"{config.train.batch_size} samples a step, {plan.minibatch_size} an update, "
-             f"{plan.steps * config.train.batch_size / len(data.samples):.2f} epochs"),
+             f"{plan.steps * config.train.batch_size / len(data.groups):.2f} epochs"),
         ("an update", f"{len(update[0])} microbatches on each of {mesh.dp} data-parallel rank(s), up to {longest} positions, "
                       f"{filled:.1%} of {positions:,} positions filled"),
         ("learning rate", rates),

@@ -60,3 +60,14 @@ def phases(config: Config) -> tuple[Phase, ...]:
 def phase_of(all_phases: tuple[Phase, ...], step: int) -> Phase:
     """The phase that `step` belongs to."""
     return next(phase for phase in all_phases if step < phase.end)
+
+
+def has_old_policy(objective: Objective) -> bool:
+    """Whether it compares the policy with itself at the start of the step."""
+    return bool(objective.needs & {"old_logprobs", "old_entropy"})
+
+
+def reference_needs(objective: Objective) -> frozenset[str]:
+    """What it, or the reward that it makes of a KL, reads of a frozen reference."""
+    kl_in_reward = objective.advantages is not None and objective.advantages.kl_coef > 0
+    return objective.needs & {"ref_logprobs", "ref_hidden"} | ({"ref_logprobs"} if kl_in_reward else frozenset())

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from megapsft.checkpoint.dist import check_architecture, latest, read_state
+from megapsft.checkpoint.dist import check_architecture, latest, read_state, shape_of
 from megapsft.checkpoint.hf import check_checkpoint, read_config
-from megapsft.config import Config, flatten, load_config, to_dict
+from megapsft.config import Config, CriticConfig, ReferenceConfig, flatten, load_config, to_dict
 from megapsft.data.chat_template import ChatTemplate
-from megapsft.data.demonstrations import Demonstrations, load_demonstrations
 from megapsft.data.plan import Layout, Plan, plan_update
 from megapsft.data.sampler import Sampler
 from megapsft.errors import Refused
@@ -24,8 +24,8 @@ from megapsft.objectives.registry import build_objective
 from megapsft.parallel import Mesh, plan_mesh
 from megapsft.platform.cpu import has_cuda
 from megapsft.policy.build import model_shape
-from megapsft.train.phases import Phase, phases
-from megapsft.train.sources import DemonstrationSource
+from megapsft.train.phases import Phase, has_old_policy, phases, reference_needs
+from megapsft.train.sources import Dataset, Source, load_dataset
 
 # what a continued run may change: how it is computed, kept and shown, never what is computed
 MAY_CHANGE = (
@@ -37,6 +37,8 @@ MAY_CHANGE = (
     "data.micro_batch_size",
     "data.packing",
     "model.logprob_chunk_bytes",
+    "model.logprob_backend",
+    "reference.placement",
     "model.make_vocab_size_divisible_by",
     "train.steps",
     "train.max_skipped_updates",
@@ -51,7 +53,8 @@ class RunPlan:
     mesh: Mesh
     phases: tuple[Phase, ...]
     template: ChatTemplate
-    source: DemonstrationSource
+    data: Dataset
+    source: Source
     checkpoint: Path | None  # to continue from
     notes: tuple[str, ...]  # what the user should know before it starts
 
@@ -73,8 +76,15 @@ class RunPlan:
         return self.config.train.batch_size // self.minibatch_size
 
     @property
-    def demonstrations(self) -> Demonstrations:
-        return self.source.demonstrations
+    def pinned_steps(self) -> frozenset[int]:
+        """Steps whose checkpoints a resumed run needs again: where a phase begins whose start is its reference."""
+        starts = {phase.first_step for phase in self.phases if self.needs_reference(phase)}
+        return frozenset(starts - {0}) if self.config.reference.path is None else frozenset()
+
+    def needs_reference(self, phase: Phase) -> bool:
+        """Whether a frozen policy shares the process: not where the rows bring its log-probabilities."""
+        precomputed = {"ref_logprobs"} if self.source.groups[0][0].ref_logprobs is not None else set()
+        return bool(reference_needs(phase.objective) - precomputed)
 
     def layout(self, data_parallel_rank: int = 0, context_parallel_rank: int = 0) -> Layout:
         """How samples are packed for one rank."""
@@ -97,8 +107,9 @@ class RunPlan:
 
     def first_update(self) -> list[list[Plan]]:
         """The microbatches of the first update, by data-parallel rank."""
-        samples = self.source.next_samples(0)[: self.minibatch_size]
-        return plan_update([len(sample) for sample in samples], self.layout())
+        groups = self.source.next_groups(0)[: self.minibatch_size]
+        together = 2 if self.config.data.kind == "preferences" else 1
+        return plan_update([len(sample) for group in groups for sample in group], self.layout(), together)
 
 
 def plan_run(config: Config, world_size: int) -> RunPlan:
@@ -136,9 +147,10 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
             f"use data.max_length={hf.max_position_embeddings} or less",
         )
     check_checkpoint(config.model.path, family, hf)
+    _check_other_models(config, all_phases, hf)
     template = ChatTemplate.load(config.model.path)
-    demonstrations = load_demonstrations(config.data, template, hf.vocab_size)
-    sampler = Sampler(len(demonstrations.samples), train.batch_size, train.seed, config.data.shuffle)
+    data = load_dataset(config.data, template, hf.vocab_size)
+    _check_data(config, all_phases, data)
     plan = RunPlan(
         config=config,
         hf=hf,
@@ -146,7 +158,8 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         mesh=mesh,
         phases=all_phases,
         template=template,
-        source=DemonstrationSource(demonstrations, sampler),
+        data=data,
+        source=Source(data.groups, Sampler(len(data.groups), train.batch_size, train.seed, config.data.shuffle)),
         checkpoint=latest(checkpoint_folder(config)),
         notes=(),
     )
@@ -154,6 +167,56 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         check_architecture(plan.checkpoint, read_state(plan.checkpoint), hf)
         _check_continues(plan)
     return _with_notes(plan)
+
+
+def _check_other_models(config: Config, all_phases: Sequence[Phase], hf: HFConfig) -> None:
+    """Refuse options of a reference, a critic or experts where there are none, and folders that do not fit the policy."""
+    name = all_phases[-1].objective_name
+    objective = all_phases[-1].objective
+    compares = bool(reference_needs(objective))
+    used = {"reference": compares, "critic": objective.critic}
+    for section, default in (("reference", ReferenceConfig()), ("critic", CriticConfig())):
+        for field in dataclasses.fields(default):
+            value = getattr(getattr(config, section), field.name)
+            if value != getattr(default, field.name) and not used[section]:
+                rule = f"says something of a {section}, but objective.name={name} has none with these options"
+                raise Refused(f"{section}.{field.name}={value}", rule, f"leave {section} out, or choose another objective")
+        path = getattr(config, section).path
+        if path is not None:
+            other = read_config(path)
+            if shape_of(other) != shape_of(hf):
+                rule = f"is of another architecture than {config.model.path}"
+                raise Refused(f"{section}.path={path}", rule, "name one like it")
+            check_checkpoint(path, family_of(other), other)
+    if compares and config.reference.placement == "swap" and config.parallel.overlap_param_gather:
+        rule = "exchanges weights that parallel.overlap_param_gather=true may still be gathering"
+        raise Refused("reference.placement=swap", rule, "use reference.placement=copy, or overlap_param_gather=false")
+    for key in ("moe_aux_loss_coeff", "moe_routing_replay"):
+        if getattr(config.model, key) and not hf.num_experts:
+            rule = f"is of experts, and {hf.architecture} has none"
+            raise Refused(f"model.{key}={getattr(config.model, key)}", rule, "leave it out")
+    if config.model.moe_routing_replay and not has_old_policy(objective):
+        rule = f"chooses the experts of the old policy, and objective.name={name} has no old policy"
+        raise Refused("model.moe_routing_replay=true", rule, "leave it out, or choose an objective with a ratio")
+
+
+def _check_data(config: Config, all_phases: Sequence[Phase], data: Dataset) -> None:
+    """Refuse rows that an objective cannot be trained on."""
+    kind, first = config.data.kind, data.groups[0][0]
+    for phase in all_phases:
+        if kind not in phase.objective.trains_on:
+            rule = f"is not what {phase.objective_name} trains on"
+            if phase.name == "warmup":
+                rule += f" (train.sft_warmup_steps={config.train.sft_warmup_steps})"
+            known = ", ".join(sorted(phase.objective.trains_on))
+            raise Refused(f"data.kind={kind}", rule, f"use data.kind={known}, or another objective")
+        if "rollout_logprobs" in phase.objective.needs and first.rollout_logprobs is None:
+            rule = f"have no logprobs of the engine that sampled them, which objective.tis={config.objective.get('tis')} needs"
+            remedy = "record them, or set objective.tis=off; they are never made up"
+            raise Refused(f"rollouts of {config.data.path}", rule, remedy)
+    if kind == "preferences" and not config.data.packing and config.data.micro_batch_size % 2:
+        rule = "cannot hold the two sides of a preference"
+        raise Refused(f"data.micro_batch_size={config.data.micro_batch_size}", rule, "use a multiple of 2, or data.packing=true")
 
 
 def _with_all_options(config: Config) -> Config:
@@ -211,20 +274,21 @@ def _check_continues(plan: RunPlan) -> None:
 def _with_notes(plan: RunPlan) -> RunPlan:
     notes: list[str] = []
     objective = plan.phases[-1]
-    if "old_logprobs" in objective.objective.needs and plan.updates_per_step == 1:
+    name, train = objective.objective_name, plan.config.train
+    if has_old_policy(objective.objective) and plan.updates_per_step == 1:
+        then = "nothing clips" if objective.objective.advantages else f"nothing clips: {name} is sft by construction"
         notes.append(
-            f"{objective.objective_name} with one update a step is sft by construction: the old policy is the policy, every "
-            f"ratio is 1 and nothing clips. Set train.minibatch_size below train.batch_size={plan.config.train.batch_size} "
-            f"(the paper: an eighth)."
+            f"{name} with one update a step: the old policy is the policy, every ratio is 1 and {then}. Set "
+            f"train.minibatch_size below train.batch_size={train.batch_size} (the paper: an eighth)."
         )
-    demonstrations = plan.demonstrations
-    if demonstrations.dropped or demonstrations.truncated:
+    notes.extend(plan.data.notes)
+    if plan.data.dropped or plan.data.truncated:
         notes.append(
-            f"{demonstrations.dropped} of {demonstrations.rows} rows dropped and {demonstrations.truncated} truncated: "
-            f"longer than data.max_length={plan.config.data.max_length}."
+            f"{plan.data.dropped} of {plan.data.rows} rows dropped and {plan.data.truncated} truncated: "
+            f"longer than data.max_length={plan.config.data.max_length}, or as the notes on the data say."
         )
-    if plan.config.train.batch_size > len(demonstrations.samples):
-        notes.append(f"train.batch_size exceeds the {len(demonstrations.samples)} samples: a step repeats some of them.")
+    if train.batch_size > len(plan.data.groups):
+        notes.append(f"train.batch_size exceeds the {len(plan.data.groups)} rows: a step repeats some of them.")
     return dataclasses.replace(plan, notes=tuple(notes))
 
 

@@ -12,26 +12,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.transformer.transformer_config import TransformerConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megapsft import __version__
-from megapsft.checkpoint.dist import Checkpoints, read_state
+from megapsft.checkpoint.dist import Checkpoints, Trained, load_model, read_state
 from megapsft.checkpoint.hf import import_hf
 from megapsft.config import flatten
 from megapsft.data.pack import pack
 from megapsft.errors import Refused
 from megapsft.metrics.sinks import Sinks, TensorBoard, WandB
-from megapsft.policy.build import Policy, build_chunks, distribute, transformer_config
+from megapsft.policy.build import Policy, build_chunks, distribute, half, transformer_config
+from megapsft.policy.critic import with_value_heads
+from megapsft.policy.reference import Copied, Reference, Swapped
+from megapsft.train.critic import Critic
 from megapsft.train.optimizer import build_optimizer, forget, learning_rate
 from megapsft.train.phases import Phase, phase_of
 from megapsft.train.plan import RunPlan, checkpoint_folder, config_file, run_folder, to_yaml
-from megapsft.train.sources import DemonstrationSource
+from megapsft.train.sources import Source
 from megapsft.train.update import Report
-from megapsft.types import Objective, Sample, TrainBatch
+from megapsft.types import Group, Objective, TrainBatch
 
 
 class TrainingStopped(RuntimeError):
@@ -60,11 +65,13 @@ class Run:
     done: Progressed = field(default_factory=Progressed)
     reports: list[dict[str, float]] = field(default_factory=list)  # of the step's updates
     since_checkpoint: list[float] = field(default_factory=list)  # `checkpoint.best_metric` of the steps since the last one
+    reference: Reference | None = None  # frozen; of the present phase, where its objective compares with one
+    critic: Critic | None = None  # of the present phase, where its objective has one
     lock: IO | None = None  # held while the run lives, on the first rank
     clock: float = field(default_factory=time.perf_counter)
 
     @property
-    def source(self) -> DemonstrationSource:
+    def source(self) -> Source:
         return self.plan.source
 
     def steps(self) -> Iterator[int]:
@@ -73,16 +80,20 @@ class Run:
         yield from range(self.done.step, self.plan.steps)
 
     def enter(self, step: int) -> Phase:
-        """The phase of `step`; where it begins, the optimizer starts afresh."""
+        """The phase of `step`; where it begins, the optimizer starts afresh, and the reference becomes what the policy is."""
         phase = phase_of(self.plan.phases, step)
         if step == phase.first_step:
             forget(self.optimizer)
+            if self.plan.needs_reference(phase):
+                self.reference = build_reference(self.plan, self.policy)
+        if phase.objective.critic and self.critic is None:
+            self.critic = build_critic(self.plan)
         return phase
 
-    def pack(self, samples: list[Sample], objective: Objective) -> TrainBatch:
+    def pack(self, groups: list[Group], objective: Objective) -> TrainBatch:
         """This rank's part of the step, cut into the minibatches of its updates."""
         return pack(
-            samples,
+            groups,
             minibatch_size=self.plan.minibatch_size,
             layout=self.plan.layout(
                 parallel_state.get_data_parallel_rank(), parallel_state.get_context_parallel_rank()
@@ -90,6 +101,8 @@ class Run:
             aggregation=objective.aggregation,
             max_response_length=objective.max_response_length,
             pad_token_id=self.plan.template.pad_token_id,
+            together=self.plan.config.data.kind == "preferences",
+            context_group=parallel_state.get_context_parallel_group() if self.plan.mesh.cp > 1 else None,
         )
 
     def learning_rate(self, step: int, phase: Phase) -> float:
@@ -135,17 +148,17 @@ class Run:
             values = [r[key] for r in reports]
             if key.startswith("data/") or key == "perf/seconds":
                 record[key] = sum(values)
-            elif key.endswith("_max"):
+            elif key.endswith(("_max", "/max")):
                 record[key] = max(values)
-            elif key.endswith("_min"):
+            elif key.endswith(("_min", "/min")):
                 record[key] = min(values)
-            elif key.startswith(("objective/", "policy/")) or key == "train/loss":
+            elif key.endswith("grad_norm"):
+                record[key] = sum(values) / len(values)
+            elif key in ("train/lr", "train/skipped_updates") or key.startswith("perf/"):
+                record[key] = values[-1]
+            else:
                 weighted = sum(v * r["data/trained_tokens"] for v, r in zip(values, reports, strict=True))
                 record[key] = weighted / tokens if tokens else 0.0
-            elif key == "train/grad_norm":
-                record[key] = sum(values) / len(values)
-            else:
-                record[key] = values[-1]
         record["perf/tokens_per_second"] = record["data/real_tokens"] / record["perf/seconds"]
         best = record.get(self.plan.config.checkpoint.best_metric)
         if best is not None and math.isfinite(best):
@@ -161,7 +174,14 @@ class Run:
             return
         score = sum(self.since_checkpoint) / len(self.since_checkpoint) if self.since_checkpoint else None
         self.since_checkpoint = []
-        self.checkpoints.save(step + 1, dataclasses.asdict(self.done), self.policy, self.optimizer, score)
+        self.checkpoints.save(step + 1, dataclasses.asdict(self.done), self.models(), score)
+
+    def models(self) -> dict[str, Trained]:
+        """What is trained, by the prefix of its keys in checkpoints."""
+        models = {"": Trained(self.policy, self.optimizer)}
+        if self.critic:
+            models["critic."] = Trained(self.critic.policy, self.critic.optimizer)
+        return models
 
     def close(self) -> None:
         """Wait for the last checkpoint and close what writes."""
@@ -192,17 +212,29 @@ def start(plan: RunPlan) -> Run:
     lock = _lock(run_folder(config)) if first else None
     policy = build_policy(plan)
     optimizer = build_optimizer(config.optimizer, config.parallel, policy)
-    checkpoints = Checkpoints(checkpoint_folder(config), config.checkpoint)
-    done = Progressed()
+    checkpoints = Checkpoints(checkpoint_folder(config), config.checkpoint, plan.pinned_steps)
+    run = Run(plan, policy, optimizer, checkpoints, None, None, lock=lock)
     if plan.checkpoint is not None:
-        checkpoints.load(plan.checkpoint, policy, optimizer if config.checkpoint.load_optimizer else None)
-        if not config.checkpoint.load_optimizer:
+        _continue(run, plan.checkpoint)
+    run.sinks = _open_sinks(plan, run.done) if first else None
+    run.progress = _open_progress(plan, run.done) if first and config.log.progress else None
+    return run
+
+
+def _continue(run: Run, checkpoint: Path) -> None:
+    """Collective. The run as it stood at the checkpoint, its reference included."""
+    plan, state = run.plan, read_state(checkpoint)
+    run.done = Progressed(**{f.name: state[f.name] for f in dataclasses.fields(Progressed)})
+    phase = phase_of(plan.phases, min(run.done.step, plan.steps - 1))
+    if run.done.step > phase.first_step:  # in the middle of it; at its beginning `enter` does all this
+        if plan.needs_reference(phase):
+            run.reference = build_reference(plan, run.policy, phase.first_step)
+        if phase.objective.critic:
+            run.critic = build_critic(plan)
+    run.checkpoints.load(checkpoint, run.models(), plan.config.checkpoint.load_optimizer)
+    if not plan.config.checkpoint.load_optimizer:
+        for _, optimizer in run.models().values():
             optimizer.reload_model_params()
-        state = read_state(plan.checkpoint)
-        done = Progressed(**{f.name: state[f.name] for f in dataclasses.fields(Progressed)})
-    sinks = _open_sinks(plan, done) if first else None
-    progress = _open_progress(plan, done) if first and config.log.progress else None
-    return Run(plan, policy, optimizer, checkpoints, sinks, progress, done, lock=lock)
 
 
 def build_policy(plan: RunPlan) -> Policy:
@@ -211,14 +243,58 @@ def build_policy(plan: RunPlan) -> Policy:
     megatron = transformer_config(plan.family, plan.hf, config.model, config.parallel, plan.mesh)
     chunks = build_chunks(megatron, plan.hf, config.model, plan.mesh)
     import_hf(chunks, Path(config.model.path), plan.hf)
+    return policy_of(plan, distribute(chunks, megatron, config.parallel), megatron)
+
+
+def build_reference(plan: RunPlan, policy: Policy, first_step: int = 0) -> Reference:
+    """Collective. The frozen reference; `policy` is as it was, but for what it lends itself to in between.
+
+    Args:
+        first_step: of the phase, where the policy has gone on since then: the weights are read from the checkpoint of that step
+            (the warm-up's last), or where there was none before it from `model.path`.
+    """
+    config = plan.config
+    reference: Reference = Swapped()
+    if config.reference.placement == "copy":
+        megatron = transformer_config(plan.family, plan.hf, config.model, config.parallel, plan.mesh)
+        reference = Copied(policy_of(plan, half(build_chunks(megatron, plan.hf, config.model, plan.mesh), megatron), megatron))
+    mine = Swapped()
+    if config.reference.path is not None:
+        mine.take(policy)
+        import_hf(policy.chunks, Path(config.reference.path), plan.hf)
+    elif first_step:
+        load_model(checkpoint_folder(config) / f"step-{first_step:08d}", policy.gpt_models())
+    reference.take(policy)
+    if config.reference.path is not None:
+        mine.give_back(policy)
+    return reference
+
+
+def policy_of(plan: RunPlan, chunks: list[torch.nn.Module], megatron: TransformerConfig) -> Policy:
+    """The chunks with what is known about them."""
     return Policy(
-        chunks=distribute(chunks, megatron, config.parallel),
+        chunks=chunks,
         config=megatron,
         family=plan.family,
         hf=plan.hf,
-        source=Path(config.model.path),
+        source=Path(plan.config.model.path),
         mesh=plan.mesh,
+        temperature=plan.config.train.temperature,
+        routing_replay=plan.config.model.moe_routing_replay,
+        no_grad_microbatches=plan.config.train.no_grad_microbatches,
     )
+
+
+def build_critic(plan: RunPlan) -> Critic:
+    """Collective. The value function, with the weights of `critic.path` or `model.path` under a head of zeros."""
+    config = plan.config
+    megatron = transformer_config(plan.family, plan.hf, config.model, config.parallel, plan.mesh)
+    chunks = build_chunks(megatron, plan.hf, config.model, plan.mesh)
+    import_hf(chunks, Path(config.critic.path or config.model.path), plan.hf)
+    with_value_heads(chunks, megatron)
+    policy = policy_of(plan, distribute(chunks, megatron, config.parallel), megatron)
+    options = dataclasses.replace(config.optimizer, lr=config.critic.lr, weight_decay=config.critic.weight_decay)
+    return Critic(policy, build_optimizer(options, config.parallel, policy), config.critic.lr)
 
 
 def _lock(folder: Path) -> IO:

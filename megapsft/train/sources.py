@@ -1,21 +1,51 @@
-"""Where the samples of a step come from."""
+"""Where the groups of a step come from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
-from megapsft.data.demonstrations import Demonstrations
+from megapsft.config import DataConfig
+from megapsft.data.chat_template import ChatTemplate
+from megapsft.data.demonstrations import load_demonstrations
+from megapsft.data.preferences import load_preferences
+from megapsft.data.rollouts import load_rollouts
 from megapsft.data.sampler import Sampler
-from megapsft.types import Sample
+from megapsft.types import Group
 
 
 @dataclass(frozen=True)
-class DemonstrationSource:
+class Source:
     """Rows of a file, in an order that depends on the seed and the step alone: a resumed run needs nothing but its step."""
 
-    demonstrations: Demonstrations
+    groups: tuple[Group, ...]
     sampler: Sampler
 
-    def next_samples(self, step: int) -> list[Sample]:
-        """The train.batch_size samples of `step`."""
-        return [self.demonstrations.samples[index] for index in self.sampler.indices(step)]
+    def next_groups(self, step: int) -> list[Group]:
+        """The train.batch_size groups of `step`: demonstrations, preferences, or prompts with their rollouts."""
+        return [self.groups[index] for index in self.sampler.indices(step)]
+
+
+class Dataset(Protocol):
+    """What a file became: its groups, and what to say about it."""
+
+    groups: tuple[Group, ...]
+    rows: int  # read
+    dropped: int  # of them, for any reason
+    truncated: int
+    prompt_tokens: int  # of the samples
+    response_tokens: int  # of the samples: what is trained in one epoch
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about it."""
+
+
+def load_dataset(config: DataConfig, template: ChatTemplate, vocab_size: int) -> Dataset:
+    """The file of `data.path` as what `data.kind` says it is.
+
+    Raises:
+        Refused: as the loaders.
+    """
+    loaders = {"demonstrations": load_demonstrations, "preferences": load_preferences, "rollouts": load_rollouts}
+    return loaders[config.kind](config, template, vocab_size)

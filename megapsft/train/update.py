@@ -14,10 +14,16 @@ from torch import Tensor
 
 from megapsft.metrics.reduce import Reduction
 from megapsft.models.names import canonical_name
+from megapsft.models.router import BalanceLoss
 from megapsft.policy.build import Policy
-from megapsft.policy.forward import forward_backward, with_old_policy
+from megapsft.policy.constants import with_entropy
+from megapsft.policy.forward import Consume, Head, forward_backward, read, to_device
+from megapsft.policy.reference import Reference
 from megapsft.train.optimizer import step_if_finite
-from megapsft.types import Metric, Microbatch, Minibatch, Objective, PolicyOutput, TrainBatch
+from megapsft.train.phases import has_old_policy
+from megapsft.types import Metric, Microbatch, Minibatch, Objective, PolicyOutput
+
+MOST_TOTALS = 16  # of an objective
 
 
 @dataclass(frozen=True)
@@ -28,58 +34,81 @@ class Report:
     skipped: str | None  # why there was no optimizer step
 
 
-def add_old_policy(policy: Policy, batch: TrainBatch, objective: Objective) -> TrainBatch:
-    """Log-probabilities and entropies of the policy at the start of the step, for those minibatches that need a pass.
-
-    The first minibatch needs none: its training pass *is* the old policy, bit for bit, so the update takes its own values
-    (`at_old_policy`). Only where weights depend on them (`select`) must they be known beforehand.
-    """
-    if not objective.needs:
-        return batch
-    first = () if _selects(objective) else batch.minibatches[:1]
-    rest = tuple(with_old_policy(policy, minibatch) for minibatch in batch.minibatches[len(first) :])
-    return TrainBatch(minibatches=first + rest)
-
-
-def update(policy: Policy, objective: Objective, optimizer: ChainedOptimizer, minibatch: Minibatch, lr: float) -> Report:
+def update(
+    policy: Policy,
+    objective: Objective,
+    optimizer: ChainedOptimizer,
+    minibatch: Minibatch,
+    lr: float,
+    reference: Reference | None = None,
+) -> Report:
     """Collective. Gradient of sum(loss_weights * loss) over all microbatches and ranks, clipped, and one AdamW step.
 
     No step is taken, and parameters stay as they are, where no token is trained or a gradient is not finite.
     """
-    if _selects(objective):
-        minibatch = _renormalise(minibatch, objective, policy)
-    counts = parallel_state.get_tensor_model_parallel_rank() == 0  # ranks of a tensor group hold the same outputs
-    reduction = Reduction({**objective.metrics, **dict.fromkeys(_entropies(objective), "mean")}, policy.device)
+    if objective.totals_need is not None:
+        minibatch = with_totals(policy, objective, minibatch)
+    entropies = ("policy/entropy", "policy/old_entropy") if has_old_policy(objective) else ("policy/entropy",)
+    reduction = Reduction({**objective.metrics, **dict.fromkeys(entropies, "mean")}, policy.device)
 
-    def consume(output: PolicyOutput, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
+    def consume(output: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
+        output = read(output)
         microbatch = at_old_policy(microbatch, output)
         losses, metrics = objective(output, microbatch)
         loss = torch.where(microbatch.loss_mask, microbatch.loss_weights * losses, 0.0).sum()
-        if counts:
-            entropies = zip(_entropies(objective), (output.entropy, microbatch.old_entropy), strict=False)
-            reduction.add({**metrics, **{key: Metric(values) for key, values in entropies}}, microbatch.loss_mask)
+        if _counts():
+            values = zip(entropies, (output.entropy, microbatch.old_entropy), strict=False)
+            reduction.add({**metrics, **{key: Metric(value) for key, value in values}}, microbatch.loss_mask)
         return loss, loss.detach().double()
 
-    optimizer.zero_grad()  # or the first microbatch would be added to what the last step left in param.grad
-    losses = forward_backward(policy, minibatch, consume)
-    loss = sum(losses if counts else (), torch.zeros((), dtype=torch.float64, device=policy.device))
-    dist.all_reduce(loss)
+    weight = reference.output_weight(policy) if "ref_hidden" in objective.needs else None
+    head = Head(entropy_gradient=objective.entropy_gradient, term=objective.term, ref_weight=weight)
+    done = descend(policy, optimizer, minibatch, consume, head, lr)
     metrics = reduction.finish(dist.group.WORLD)
     metrics |= {
-        "train/loss": loss.item(),
-        "train/grad_norm": 0.0,
+        "train/loss": done.loss,
+        "train/grad_norm": done.grad_norm,
         "train/lr": lr,
         "data/trained_tokens": minibatch.trained_tokens,
         "data/real_tokens": minibatch.real_tokens,
         "data/samples": minibatch.samples,
     }
+    if policy.config.moe_aux_loss_coeff:
+        metrics["moe/aux_loss"] = done.aux_loss
+    return Report(metrics, done.skipped)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """A gradient, and whether a step followed it."""
+
+    loss: float
+    aux_loss: float  # of the balance of experts
+    grad_norm: float  # before clipping
+    skipped: str | None
+
+
+def descend(
+    policy: Policy, optimizer: ChainedOptimizer, minibatch: Minibatch, consume: Consume, head: Head | None, lr: float
+) -> Descent:
+    """Collective. Forward, backward and, where the gradient is there and finite, the step."""
+    optimizer.zero_grad()  # or the first microbatch would be added to what the last step left in param.grad
+    coeff = policy.config.moe_aux_loss_coeff
+    balance = BalanceLoss(coeff, minibatch.forward_tokens, policy.device) if coeff else None
+    losses = forward_backward(policy, minibatch, consume, head, balance)
+    sums = torch.zeros(2, dtype=torch.float64, device=policy.device)
+    if _counts():
+        sums[0] = sum(losses, sums[0])
+    if balance is not None:
+        sums[1] = balance.value
+    dist.all_reduce(sums)
+    loss, aux_loss = sums.tolist()
     if minibatch.trained_tokens == 0:
-        return Report(metrics, "no token is trained")
+        return Descent(loss, aux_loss, 0.0, "no token is trained")
     norm = step_if_finite(optimizer, lr)
-    metrics["train/grad_norm"] = norm
     if math.isfinite(norm):
-        return Report(metrics, None)
-    return Report(metrics, f"the gradient is not finite: {_culprits(policy, losses)}")
+        return Descent(loss, aux_loss, norm, None)
+    return Descent(loss, aux_loss, norm, f"the gradient is not finite: {_culprits(policy, losses)}")
 
 
 def at_old_policy(microbatch: Microbatch, output: PolicyOutput) -> Microbatch:
@@ -89,28 +118,26 @@ def at_old_policy(microbatch: Microbatch, output: PolicyOutput) -> Microbatch:
     return dataclasses.replace(microbatch, old_logprobs=output.logprobs.detach(), old_entropy=output.entropy.detach())
 
 
-def _entropies(objective: Objective) -> tuple[str, ...]:
-    """Metrics of entropies: of the policy, and where there is one of the old policy."""
-    return ("policy/entropy", "policy/old_entropy") if objective.needs else ("policy/entropy",)
-
-
-def _selects(objective: Objective) -> bool:
-    """Whether the objective's weights depend on the old policy, so that denominators must be counted before the update."""
-    return objective.selects
-
-
-def _renormalise(minibatch: Minibatch, objective: Objective, policy: Policy) -> Minibatch:
-    """Loss weights over the tokens that the objective selects: N trained tokens become n, over all ranks."""
-    selected = torch.zeros((), dtype=torch.int64, device=policy.device)
-    has_head = policy.head() is not None
-    if has_head and parallel_state.get_tensor_model_parallel_rank() == 0:
-        selected = sum((objective.select(m).sum() for m in minibatch.microbatches), selected)
-    dist.all_reduce(selected)
-    if not has_head:
-        return minibatch
-    scale = minibatch.trained_tokens / max(1, int(selected))
-    microbatches = tuple(dataclasses.replace(m, loss_weights=m.loss_weights * scale) for m in minibatch.microbatches)
+def with_totals(policy: Policy, objective: Objective, minibatch: Minibatch) -> Minibatch:
+    """Collective. The minibatch with `Objective.totals`, summed over all its microbatches and ranks."""
+    if "entropy" in objective.totals_need:
+        minibatch = with_entropy(policy, minibatch)
+    sums = torch.zeros(MOST_TOTALS, dtype=torch.float64, device=policy.device)
+    names: list[str] = []  # stages without a head add nothing, and need nothing
+    for microbatch in minibatch.microbatches if policy.head() is not None else ():
+        totals = objective.totals(to_device(microbatch, policy.device))
+        names = sorted(totals)
+        if _counts():
+            sums[: len(names)] += torch.stack([totals[name].double() for name in names])
+    dist.all_reduce(sums)
+    totals = dict(zip(names, sums.tolist(), strict=False))
+    microbatches = tuple(dataclasses.replace(m, totals=totals) for m in minibatch.microbatches)
     return dataclasses.replace(minibatch, microbatches=microbatches)
+
+
+def _counts() -> bool:
+    """Ranks of a tensor group hold the same outputs: one of them counts."""
+    return parallel_state.get_tensor_model_parallel_rank() == 0
 
 
 def _culprits(policy: Policy, losses: list[Tensor]) -> str:

@@ -58,7 +58,8 @@ def ranks(layout: Layout) -> list[Layout]:
 
 
 def pack_for(layout: Layout, samples=SAMPLES, minibatch_size=12, aggregation="token-mean", **options) -> TrainBatch:
-    return pack(samples, minibatch_size=minibatch_size, layout=layout, aggregation=aggregation, pad_token_id=PAD, **options)
+    groups = [(sample,) for sample in samples]
+    return pack(groups, minibatch_size=minibatch_size, layout=layout, aggregation=aggregation, pad_token_id=PAD, **options)
 
 
 def real_positions(batches: list[TrainBatch]) -> dict[tuple, tuple]:

@@ -14,7 +14,7 @@ from megapsft.config import load_config
 from megapsft.objectives.registry import build_objective
 from megapsft.parallel import initialize, shutdown
 from megapsft.policy.build import Policy
-from megapsft.policy.forward import with_old_policy
+from megapsft.policy.constants import with_old_policy
 from megapsft.train.optimizer import build_optimizer
 from megapsft.train.plan import plan_run
 from megapsft.train.run import Run, build_policy
@@ -47,7 +47,7 @@ def measure(old: Path, new: Path, data: Path, options: tuple[str, ...], samples:
     for name, section in OBJECTIVES.items():
         objective = build_objective(section)
         import_hf(policy.gpt_models(), old, plan.hf)
-        (minibatch,) = run.pack(plan.source.next_samples(0), objective).minibatches
+        (minibatch,) = run.pack(plan.source.next_groups(0), objective).minibatches
         if objective.needs:
             minibatch = with_old_policy(policy, minibatch)
         import_hf(policy.gpt_models(), new, plan.hf)

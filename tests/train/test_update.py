@@ -14,11 +14,12 @@ from megapsft.checkpoint.optimizer_state import adam_step
 from megapsft.config import load_config
 from megapsft.objectives.registry import build_objective
 from megapsft.parallel import initialize, shutdown
-from megapsft.policy.forward import with_old_policy
+from megapsft.policy.constants import with_old_policy
 from megapsft.train.optimizer import build_optimizer
 from megapsft.train.plan import plan_run
+from megapsft.train.prepare import with_constants
 from megapsft.train.run import Run, build_policy
-from megapsft.train.update import add_old_policy, update
+from megapsft.train.update import update
 from tests.invariants.measure import whole_gradient
 from tests.ranks import run_ranks
 
@@ -54,11 +55,11 @@ def test_an_update_without_trained_tokens_changes_nothing(world, tiny_models, ti
 def _all_masked(model, data):
     run = make_run(model, data)
     objective = build_objective({"name": "psft"})
-    samples = run.source.next_samples(0)
-    (minibatch,) = run.pack(samples, objective).minibatches
+    groups = run.source.next_groups(0)
+    (minibatch,) = run.pack(groups, objective).minibatches
     assert update(run.policy, objective, run.optimizer, minibatch, 1e-3).skipped is None  # moments are there now
     before = weights(run)
-    masked = [dataclasses.replace(s, loss_mask=np.zeros_like(s.loss_mask)) for s in samples]
+    masked = [(dataclasses.replace(s, loss_mask=np.zeros_like(s.loss_mask)),) for (s,) in groups]
     (minibatch,) = run.pack(masked, objective).minibatches
     report = update(run.policy, objective, run.optimizer, minibatch, 1e-3)
     after = weights(run)
@@ -85,16 +86,16 @@ def test_selected_tokens_are_counted_over_all_ranks(world, more, tiny_models, ti
 def _selected(model, data, more):
     run = make_run(model, data, *more)
     objective = build_objective(SELECTED)
-    batch = run.pack(run.source.next_samples(0), objective)
+    batch = run.pack(run.source.next_groups(0), objective)
     # a flat random model is unsure of everything: without the scaling no threshold would tell tokens apart
     with torch.no_grad():
         for gpt in run.policy.gpt_models():
             for parameter in gpt.parameters():
                 parameter.mul_(6.0 if parameter.dim() > 1 else 1.0)
-    (minibatch,) = add_old_policy(run.policy, batch, objective).minibatches
+    (minibatch,) = with_constants(run.policy, None, batch, objective).minibatches
     chosen = 0.5
     if run.policy.head() is not None:
-        picked = torch.cat([objective.select(m).flatten() for m in minibatch.microbatches]).sum()
+        picked = sum(objective.totals(m)["selected"] for m in minibatch.microbatches)
         chosen = float(picked / torch.cat([m.loss_mask.flatten() for m in minibatch.microbatches]).sum())
     report = update(run.policy, objective, run.optimizer, minibatch, 0.0)
     result = report.metrics["train/loss"], whole_gradient(run.policy), chosen
@@ -111,7 +112,7 @@ def _bf16_ratio(model, data):
     run = make_run(model, data, "model.dtype=bfloat16", "parallel.tensor_model_parallel_size=2")
     objective = build_objective({"name": "psft"})
     import_hf(run.policy.gpt_models(), model, run.plan.hf)
-    (minibatch,) = run.pack(run.source.next_samples(0), objective).minibatches
+    (minibatch,) = run.pack(run.source.next_groups(0), objective).minibatches
     minibatch = with_old_policy(run.policy, minibatch)
     metrics = update(run.policy, objective, run.optimizer, minibatch, 0.0).metrics
     shutdown()

@@ -1,0 +1,122 @@
+"""The frozen reference policy, in the process of the policy: a second copy on the device, or parameters kept aside and swapped.
+
+    copy   a second model beside the first: no time, its weights once more in device memory
+    swap   the weights in host memory, exchanged with the policy's for each pass: no device memory, but time to copy them
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Literal, Protocol
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
+
+from megapsft.policy.build import Policy, unwrap
+
+Placement = Literal["swap", "copy"]
+
+
+class Reference(Protocol):
+    """A policy that stays as it was when it was taken."""
+
+    def take(self, policy: Policy) -> None:
+        """Become what `policy` is now."""
+
+    def in_place_of(self, policy: Policy) -> contextlib.AbstractContextManager[Policy]:
+        """A policy with the reference's weights, to be evaluated inside of the context."""
+
+    def output_weight(self, policy: Policy) -> Tensor | None:
+        """[V / p, D] of the output layer, on the device; None where this pipeline stage has none."""
+
+
+class Swapped:
+    """Weights kept in host memory."""
+
+    def __init__(self) -> None:
+        self._aside: list[Tensor] = []
+
+    @torch.no_grad()
+    def take(self, policy: Policy) -> None:
+        _gather(policy)
+        pin = torch.cuda.is_available()
+        self._aside = [_host(parameter, pin) for parameter in _parameters(policy.gpt_models())]
+
+    @torch.no_grad()
+    def give_back(self, policy: Policy) -> None:
+        """Make `policy` what it was when it was taken."""
+        for parameter, aside in zip(_parameters(policy.gpt_models()), self._aside, strict=True):
+            parameter.copy_(aside)
+
+    @contextlib.contextmanager
+    def in_place_of(self, policy: Policy) -> Iterator[Policy]:
+        self._exchange(policy)
+        try:
+            yield policy
+        finally:
+            self._exchange(policy)
+
+    def output_weight(self, policy: Policy) -> Tensor | None:
+        weight = _output_weight(policy.gpt_models())
+        kept = zip(_parameters(policy.gpt_models()), self._aside, strict=True)
+        return next((aside.to(weight.device) for parameter, aside in kept if parameter is weight), None)
+
+    @torch.no_grad()
+    def _exchange(self, policy: Policy) -> None:
+        for parameter, aside in zip(_parameters(policy.gpt_models()), self._aside, strict=True):
+            mine = parameter.detach().to(aside.device, copy=True)
+            parameter.copy_(aside)
+            aside.copy_(mine)
+
+
+class Copied:
+    """A second model.
+
+    Args:
+        frozen: built like the policy, without data-parallel wrappers.
+    """
+
+    def __init__(self, frozen: Policy):
+        self.frozen = frozen
+        for parameter in _parameters(frozen.gpt_models()):
+            parameter.requires_grad_(False)
+
+    @torch.no_grad()
+    def take(self, policy: Policy) -> None:
+        _gather(policy)
+        pairs = zip(_parameters(self.frozen.gpt_models()), _parameters(policy.gpt_models()), strict=True)
+        for mine, theirs in pairs:
+            mine.copy_(theirs)
+
+    @contextlib.contextmanager
+    def in_place_of(self, policy: Policy) -> Iterator[Policy]:
+        yield self.frozen
+
+    def output_weight(self, policy: Policy) -> Tensor | None:
+        return _output_weight(self.frozen.gpt_models())
+
+
+def _gather(policy: Policy) -> None:
+    """With overlapped gathering, parameters are stale until asked for."""
+    for chunk in policy.chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
+
+
+def _parameters(models: Sequence[GPTModel]) -> list[torch.nn.Parameter]:
+    return [parameter for model in models for parameter in unwrap(model).parameters()]
+
+
+def _output_weight(models: Sequence[GPTModel]) -> Tensor | None:
+    last = models[-1]
+    if not last.post_process:
+        return None
+    tied = last.share_embeddings_and_output_weights
+    return (last.shared_embedding_or_output_weight() if tied else last.output_layer.weight).detach()
+
+
+def _host(parameter: Tensor, pin: bool) -> Tensor:
+    copy = parameter.detach().to("cpu", copy=True)
+    return copy.pin_memory() if pin else copy

@@ -1,0 +1,52 @@
+"""What a step needs before its first update: rewards become advantages, and the passes without gradient are made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from megapsft.advantages.registry import estimate
+from megapsft.policy.build import Policy
+from megapsft.policy.constants import with_old_policy, with_reference
+from megapsft.policy.reference import Reference
+from megapsft.train.phases import has_old_policy, reference_needs
+from megapsft.types import Group, Objective, TrainBatch
+
+
+def with_advantages(groups: Sequence[Group], objective: Objective) -> list[Group]:
+    """The groups that the objective trains, each sample with its advantage; groups of which it keeps nothing are gone.
+
+    The samples of the step decide together, so this comes before anything is packed or weighed.
+    """
+    kept = []
+    for group in groups:
+        flags = objective.keep([sample.reward for sample in group], [sample.demonstration for sample in group])
+        kept.append(tuple(sample for sample, flag in zip(group, flags, strict=True) if flag))
+    kept = [group for group in kept if group]
+    options = objective.advantages
+    if options is None or options.estimator == "gae":
+        return kept
+    rewards = np.array([sample.reward for group in kept for sample in group])
+    numbers = np.repeat(np.arange(len(kept)), [len(group) for group in kept])
+    advantages = iter(estimate(options, rewards, numbers))
+    return [tuple(dataclasses.replace(sample, advantage=float(next(advantages))) for sample in group) for group in kept]
+
+
+def with_constants(policy: Policy, reference: Reference | None, batch: TrainBatch, objective: Objective) -> TrainBatch:
+    """Collective. The batch with what the objective needs of the old policy and of the reference.
+
+    The first minibatch needs no pass of the old policy: its training pass *is* the old policy, bit for bit, so the update takes
+    its own values (`at_old_policy`). Only where something must be counted from them beforehand are they computed.
+    """
+    minibatches = list(batch.minibatches)
+    if has_old_policy(objective):
+        beforehand = bool((objective.totals_need or frozenset()) & {"old_logprobs", "old_entropy"})
+        beforehand |= objective.advantages is not None and objective.advantages.kl_coef > 0
+        first = 0 if beforehand else 1
+        minibatches[first:] = [with_old_policy(policy, minibatch) for minibatch in minibatches[first:]]
+    if reference is not None:
+        needs = reference_needs(objective)
+        minibatches = [with_reference(policy, reference, minibatch, needs) for minibatch in minibatches]
+    return TrainBatch(minibatches=tuple(minibatches))
