@@ -53,6 +53,7 @@ MEANINGS = {  # of keys whose line in the source has no comment
     "optimizer.adam_beta2": "decay of the mean of squared gradients",
     "optimizer.adam_eps": "added to the denominator",
     "optimizer.clip_grad": "largest global L2 norm of the gradient",
+    "critic.weight_decay": "decoupled; not on norms and biases",
     "parallel.tensor_model_parallel_size": "TP: ranks that share each layer's matrices",
     "parallel.pipeline_model_parallel_size": "PP: stages that share the layers",
     "parallel.virtual_pipeline_model_parallel_size": "VPP: interleaved chunks a stage; null: 1",

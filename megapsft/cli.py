@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -145,22 +145,44 @@ def init_model(
     return 0
 
 
-def make_data(*, out: Path, count: int = 2000, seed: int = 0) -> int:
-    """Write worded arithmetic problems with worked solutions, as JSONL with the columns `question` and `answer`.
+def make_data(
+    *,
+    out: Path,
+    kind: Literal["demonstrations", "preferences", "rollouts"] = "demonstrations",
+    count: int | None = None,
+    seed: int = 0,
+    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None,
+    rollouts_per_prompt: int | None = None,
+) -> int:
+    """Write worded arithmetic problems with worked solutions, as JSONL: to be demonstrations, preferences or rollouts.
 
     For example:
         megapsft make-data --out train.jsonl --count 4000
+        megapsft make-data --kind preferences --out pairs.jsonl
+        megapsft make-data --kind rollouts --from gsm8k-train.jsonl --rollouts-per-prompt 8 --out rollouts.jsonl
 
     Args:
         out: the file to write.
-        count: problems, no two alike.
+        kind: what data.kind is then; demonstrations have the columns `question` and `answer`, the others those of the defaults.
+        count: problems, no two alike; default: 2000, or all of the file.
         seed: the same seed gives the same file.
+        from_: JSONL with the columns of GSM8K, whose problems are taken; default: problems are made up.
+        rollouts_per_prompt: where kind=rollouts; default: 4.
     """
-    from megapsft.data.arithmetic import generate, write_jsonl
+    from megapsft.data.arithmetic import generate, preferences, read_problems, rollouts, write_jsonl
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_jsonl(out, generate(count, seed))
-    print(f"wrote {count} problems to {out}")
+    if kind != "rollouts" and rollouts_per_prompt is not None:
+        raise Refused(f"--rollouts-per-prompt {rollouts_per_prompt}", f"is not read where --kind {kind}", "use --kind rollouts")
+    if count is not None and count < 1:
+        raise Refused(f"--count {count}", "must be 1 or more", "leave it out for as many as there are")
+    problems = generate(2000 if count is None else count, seed) if from_ is None else read_problems(from_, count)
+    rows = problems
+    if kind == "preferences":
+        rows = preferences(problems, seed)
+    if kind == "rollouts":
+        rows = rollouts(problems, seed, 4 if rollouts_per_prompt is None else rollouts_per_prompt)
+    write_jsonl(out, rows)
+    print(f"wrote {len(problems)} problems to {out}")
     return 0
 
 

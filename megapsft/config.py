@@ -192,7 +192,7 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         Refused: unknown key (lists the known ones), value of another type, missing file, malformed YAML or override.
     """
     tree = read_yaml(Path(path)) if path is not None else {}
-    for override in overrides:
+    for override in sorted(overrides, key=lambda text: not text.startswith("objective.name=")):  # it drops another's options
         merge(tree, parse_override(override))
     if isinstance(tree.setdefault("objective", {}), dict):
         tree["objective"].setdefault("name", "psft")

@@ -5,6 +5,7 @@ Not here: training and exporting from the command line (tests/test_docs.py, test
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -151,3 +152,34 @@ def test_data_and_a_model_from_nothing(tmp_path, capsys):
     assert main(command) == 2
     message = f"megapsft: {model}: exists and is not an empty folder; name another folder, or delete this one\n"
     assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "columns", "members"),
+    [
+        ([], {"question", "answer"}, None),
+        (["--kind", "preferences"], {"prompt", "chosen", "rejected"}, None),
+        (["--kind", "rollouts"], {"prompt", "rollouts", "demonstration"}, 4),
+        (["--kind", "rollouts", "--rollouts-per-prompt", "7", "--from", "FILE"], {"prompt", "rollouts", "demonstration"}, 7),
+    ],
+)
+def test_made_data_is_what_its_kind_says(arguments, columns, members, tiny_data, tmp_path):
+    arguments = [str(tiny_data) if argument == "FILE" else argument for argument in arguments]
+    assert main(["make-data", "--out", str(tmp_path / "rows.jsonl"), "--count", "9", *arguments]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 9
+    assert all(set(row) == columns for row in rows)
+    assert members is None or all(len(row["rollouts"]) == members for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--rollouts-per-prompt", "4"], "is not read where --kind demonstrations"),
+        (["--kind", "rollouts", "--rollouts-per-prompt", "0"], "must be 1 or more"),
+        (["--count", "0"], "--count 0: must be 1 or more"),
+    ],
+)
+def test_data_that_cannot_be_made(arguments, words, tmp_path, capsys):
+    assert main(["make-data", "--out", str(tmp_path / "rows.jsonl"), *arguments]) == 2
+    assert words in capsys.readouterr().err

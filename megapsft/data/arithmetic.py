@@ -1,16 +1,22 @@
 """Worded arithmetic with worked solutions, correct by construction: training data that needs no download.
 
 The columns are those of GSM8K: `question`, and an `answer` whose lines end with `#### N`. Every step is written
-`a + b = c` (with + - * /), all numbers are whole, and no quantity is 1, so nothing needs a singular.
+`a + b = c` (with + - * /), all numbers are whole, and no quantity is 1, so nothing needs a singular. From such rows, these or
+a file's, come preferences and recorded rollouts: right solutions, and the same with another number at the end.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
+from megapsft.config import ColumnsConfig
+from megapsft.data.rows import read_rows
 from megapsft.errors import Refused
 
 MOST = 100_000  # far fewer than there are different problems, so drawing again on a repeat stays cheap
@@ -30,6 +36,9 @@ CONTAINERS = ("boxes", "crates", "cartons", "trays", "chests")
 JOBS = ("at the bakery", "in the library", "at the garden centre", "in the bike shop", "at the cinema", "in the museum")
 DREAMS = ("a bicycle", "a guitar", "a tent", "a camera", "a telescope", "a skateboard", "a desk")
 
+OPENINGS = ("", "Let us see.\n", "Step by step:\n", "Here is how.\n")  # so that right responses to a prompt are not all the same
+FINAL = re.compile(r"#### *(-?\d[\d,]*(?:\.\d+)?)\s*$")
+
 Problem = tuple[str, list[str], int]  # question, steps, answer
 
 
@@ -47,6 +56,62 @@ def generate(count: int, seed: int) -> list[dict[str, str]]:
         question, steps, number = rng.choice(TEMPLATES)(rng)
         rows.setdefault(question, "\n".join([*steps, f"#### {number}"]))
     return [{"question": question, "answer": answer} for question, answer in rows.items()]
+
+
+def read_problems(path: str | Path, count: int | None = None) -> list[dict[str, str]]:
+    """The rows of a JSONL file with the columns of GSM8K, or the first `count`: [{"question": ..., "answer": ...}].
+
+    Raises:
+        Refused: as `read_rows`; an answer that does not end with `#### N`.
+    """
+    rows = read_rows(path, ColumnsConfig(prompt="question", demonstration="answer"), count)
+    for row in rows:
+        if not (isinstance(row.prompt, str) and FINAL.search(row.demonstration)):
+            raise Refused(row.source, "is not a question with an answer that ends with `#### N`", "use rows like those of GSM8K")
+    return [{"question": row.prompt, "answer": row.demonstration} for row in rows]
+
+
+def preferences(problems: Iterable[dict[str, str]], seed: int) -> Iterator[dict[str, str]]:
+    """Of each problem its solution against one that ends otherwise: {"prompt": ..., "chosen": ..., "rejected": ...}."""
+    rng = random.Random(seed)
+    for row in problems:
+        yield {"prompt": row["question"], "chosen": row["answer"], "rejected": wrong(row["answer"], rng)}
+
+
+def rollouts(problems: Iterable[dict[str, str]], seed: int, each: int) -> Iterator[dict[str, Any]]:
+    """Of each problem what a policy might have answered, in the format of recorded rollouts, with its solution for demonstration.
+
+    A problem is as hard as it may be: the probability that a response is right is drawn for each from 0..1, so of `each` + 1
+    groups one is all wrong and one all right. A right response has reward 1, a wrong one 0.
+
+    Raises:
+        Refused: `each` below 1.
+    """
+    if each < 1:
+        raise Refused(f"{each} rollouts a prompt", "must be 1 or more", "ask for 4")
+    rng = random.Random(seed)
+    for row in problems:
+        ease = rng.random()
+        responses = []
+        for _ in range(each):
+            right = rng.random() < ease
+            text = rng.choice(OPENINGS) + (row["answer"] if right else wrong(row["answer"], rng))
+            responses.append({"response": text, "reward": float(right)})
+        yield {"prompt": row["question"], "rollouts": responses, "demonstration": row["answer"]}
+
+
+def wrong(answer: str, rng: random.Random) -> str:
+    """The answer with another final number, in the last line and where the solution says it last."""
+    found = FINAL.search(answer)
+    body, final = answer[: found.start(1)], found[1]
+    number = Decimal(final.replace(",", ""))
+    number += rng.choice([n for n in range(-10, 11) if n and number + n >= 0] or [1])
+    other = f"{number:,}" if "," in final else f"{number}"
+    plain = final.replace(",", "")
+    last = list(re.finditer(rf"(?<![\d.,])(?:{re.escape(final)}|{re.escape(plain)})(?![\d]|[.,]\d)", body))
+    if last:
+        body = body[: last[-1].start()] + other + body[last[-1].end() :]
+    return body + other
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:

@@ -147,28 +147,24 @@ def fit_rows(rows: list[RecordedPrompt], config: DataConfig, template: ChatTempl
     with_logprobs = rows[0].rollouts[0].logprobs is not None
     for row in rows:
         prompt = next(prompts) if is_text(row.prompt) else row.prompt
-        members: list[Sample] = []
-        overlong = truncated = unfinished = longest = 0
+        whole = []
         for rollout in row.rollouts:
             response = next(responses) if isinstance(rollout.response, str) else rollout.response
             check_response(rollout, response)
-            whole = to_sample(prompt, response, rollout.source, False, rollout.reward, rollout.logprobs)
-            fitted = fit(whole, len(prompt), config)
-            longest = max(longest, len(whole))
-            overlong += fitted is None
-            truncated += fitted is not None and len(fitted) < len(whole)
-            unfinished += fitted is not None and not rollout.finished
-            members += [] if fitted is None else [fitted]
+            whole.append(to_sample(prompt, response, rollout.source, False, rollout.reward, rollout.logprobs))
         if row.demonstration is not None and not config.select:
             response = next(demonstrations)
             logprobs = np.zeros(len(response), np.float32) if with_logprobs else None
-            source = f"{row.source}: demonstration"
-            whole = to_sample(prompt, response, source, True, row.demonstration_reward, logprobs)
-            fitted = fit(whole, len(prompt), config)
-            longest = max(longest, len(whole))
-            truncated += fitted is not None and len(fitted) < len(whole)
-            members += [] if fitted is None else [fitted]
-        yield Fitted(tuple(members), overlong, truncated, unfinished, longest)
+            whole.append(to_sample(prompt, response, f"{row.source}: demonstration", True, row.demonstration_reward, logprobs))
+        fitted = [fit(sample, len(prompt), config) for sample in whole]
+        pairs = list(zip(whole, fitted, strict=True))
+        yield Fitted(
+            group=tuple(sample for sample in fitted if sample is not None),
+            overlong=sum(after is None and not before.demonstration for before, after in pairs),
+            truncated=sum(after is not None and len(after) < len(before) for before, after in pairs),
+            unfinished=sum(after is not None and not r.finished for r, after in zip(row.rollouts, fitted, strict=False)),
+            longest=max(map(len, whole)),
+        )
 
 
 def to_sample(

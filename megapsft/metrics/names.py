@@ -21,6 +21,19 @@ METRICS: dict[str, str] = {
     "objective/ratio_max": "largest ratio; above 1 on the first update of a step it measures numerical noise",
     "objective/ratio_min": "smallest ratio",
     "objective/ppo_kl": "mean of old_logprobs - logprobs, clamped (the k1 estimate; may be negative)",
+    "objective/kl": "mean KL divergence between policy and reference, in nats: exact or estimated, as the objective says",
+    # of dft and iw_sft: the constant that a token's negative log-likelihood is multiplied with
+    "objective/weight_mean": "mean weight",
+    "objective/weight_max": "largest weight",
+    "objective/weight_min": "smallest weight",
+    "objective/weight_clip_fraction": "mean of 1[clipping changed the weight]",
+    # of preferences, means over pairs; a reward is beta * (logprobs - ref_logprobs), summed over the response
+    "rewards/chosen": "reward of the chosen side",
+    "rewards/rejected": "reward of the rejected side",
+    "rewards/margins": "reward of the chosen side less that of the rejected one",
+    "rewards/accuracies": "1[the chosen side has the larger reward]",
+    "logps/chosen": "log-probability of the chosen response, a sum over its tokens",
+    "logps/rejected": "the same of the rejected response",
     # of experts, where model.moe_aux_loss_coeff is set
     "moe/aux_loss": "balance loss of the experts, its coefficient included, summed over layers",
     # of PPO's critic

@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import pkgutil
+import sys
 from collections.abc import Iterable, Mapping
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -24,16 +28,34 @@ def objective_names() -> tuple[str, ...]:
 
 
 def objective_class(name: str) -> type[Base]:
-    """The one objective that the file of this name defines.
+    """The one objective that the file of this name defines: a file of this package, or any file, by its path (`mine/focal.py`).
 
     Raises:
-        Refused: there is no such file.
+        Refused: there is no such file, or it does not define one objective.
     """
-    if name not in objective_names():
-        raise Refused(f"objective.name={name!r}", "is not known", suggest(str(name), objective_names()))
-    module = import_module(f"megapsft.objectives.{name}")
-    (found,) = (c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__)
-    return found
+    if str(name).endswith(".py"):
+        module = _load(Path(name))
+    elif name in objective_names():
+        module = import_module(f"megapsft.objectives.{name}")
+    else:
+        raise Refused(f"objective.name={name!r}", "is not known", suggest(str(name), objective_names()) + "; or a path to a .py file")
+    classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+    found = [c for c in classes if issubclass(c, Base)]
+    if len(found) != 1:
+        rule = f"defines {len(found)} objectives"
+        raise Refused(f"objective.name={name!r}", rule, "write one subclass of PerToken in it (see psft.py)")
+    return found[0]
+
+
+def _load(path: Path) -> ModuleType:
+    """The file as a module; it is the user's own code."""
+    if not path.is_file():
+        raise Refused(f"objective.name={str(path)!r}", "is not a file", "give the path of a file that defines one objective")
+    name = f"megapsft_objective_{path.stem}"
+    spec = spec_from_file_location(name, path)
+    module = sys.modules[name] = module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def build_objective(options: Mapping[str, Any]) -> Objective:

@@ -13,6 +13,7 @@ from megapsft.checkpoint.dist import check_architecture, latest, read_state, sha
 from megapsft.checkpoint.hf import check_checkpoint, read_config
 from megapsft.config import Config, CriticConfig, ReferenceConfig, flatten, load_config, to_dict
 from megapsft.data.chat_template import ChatTemplate
+from megapsft.data.dataset import Dataset
 from megapsft.data.plan import Layout, Plan, plan_update
 from megapsft.data.sampler import Sampler
 from megapsft.errors import Refused
@@ -25,7 +26,7 @@ from megapsft.parallel import Mesh, plan_mesh
 from megapsft.platform.cpu import has_cuda
 from megapsft.policy.build import model_shape
 from megapsft.train.phases import Phase, has_old_policy, phases, reference_needs
-from megapsft.train.sources import Dataset, Source, load_dataset
+from megapsft.train.sources import Source, load_dataset
 
 # what a continued run may change: how it is computed, kept and shown, never what is computed
 MAY_CHANGE = (

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from megapsft.config import DataConfig
 from megapsft.data.chat_template import ChatTemplate
+from megapsft.data.dataset import Dataset
 from megapsft.data.demonstrations import load_demonstrations
 from megapsft.data.preferences import load_preferences
 from megapsft.data.rollouts import load_rollouts
@@ -24,21 +24,6 @@ class Source:
     def next_groups(self, step: int) -> list[Group]:
         """The train.batch_size groups of `step`: demonstrations, preferences, or prompts with their rollouts."""
         return [self.groups[index] for index in self.sampler.indices(step)]
-
-
-class Dataset(Protocol):
-    """What a file became: its groups, and what to say about it."""
-
-    groups: tuple[Group, ...]
-    rows: int  # read
-    dropped: int  # of them, for any reason
-    truncated: int
-    prompt_tokens: int  # of the samples
-    response_tokens: int  # of the samples: what is trained in one epoch
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the user should know about it."""
 
 
 def load_dataset(config: DataConfig, template: ChatTemplate, vocab_size: int) -> Dataset:

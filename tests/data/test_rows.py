@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megapsft.config import ColumnsConfig
-from megapsft.data.rows import Row, read_rows
+from megapsft.data.rows import Row, read_records, read_rows
 from megapsft.errors import Refused
 
 COLUMNS = ColumnsConfig()
@@ -68,6 +68,19 @@ def test_parquet_limit_and_many_batches(parquet):
     assert [row.demonstration for row in rows] == [f"a{i}" for i in range(3000)]
     assert rows[-1].source == f"{path}:3000"
     assert read_rows(path, COLUMNS, limit=1500) == rows[:1500]
+
+
+def test_parquet_reads_the_named_columns_and_no_others(parquet):
+    path = parquet(prompt=["q"], extra=[1], chosen=["a"], rejected=["b"])
+    ((source, record),) = read_records(path, COLUMNS, ("prompt", "chosen"), ("rejected", "demonstration"))
+    assert (source, record) == (f"{path}:1", {"prompt": "q", "chosen": "a", "rejected": "b"})
+
+
+def test_an_optional_column_under_another_name_must_be_in_some_row(jsonl):
+    columns, with_one, without = ColumnsConfig(demonstration="d"), {"prompt": "q", "d": "a"}, {"prompt": "q", "x": 1}
+    assert len(read_records(jsonl(without, with_one), columns, ("prompt",), ("demonstration",))) == 2
+    with pytest.raises(Refused, match="data.columns.demonstration=d: is a column of no row; there are: prompt, x"):
+        read_records(jsonl(without, without), columns, ("prompt",), ("demonstration",))
 
 
 def test_null_fields_that_parquet_adds_to_messages_are_gone(parquet):

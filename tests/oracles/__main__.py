@@ -15,13 +15,19 @@ import torch
 from megapsft.errors import Refused
 from tests.oracles.aggregation import evaluate_aggregation
 from tests.oracles.compare import TOLERANCE, deviations
+from tests.oracles.offline import evaluate_dft, evaluate_dpo, evaluate_gem, evaluate_iw_sft, evaluate_sft_kl
 from tests.oracles.per_token import evaluate_psft, evaluate_sft
 
 # objective -> what computes the outputs of one of its cases
 EVALUATORS: dict[str, Callable[[dict[str, Any], torch.dtype], dict[str, Any]]] = {
     "aggregation": evaluate_aggregation,
+    "dft": evaluate_dft,
+    "dpo": evaluate_dpo,
+    "gem": evaluate_gem,
+    "iw_sft": evaluate_iw_sft,
     "psft": evaluate_psft,
     "sft": evaluate_sft,
+    "sft_kl": evaluate_sft_kl,
 }
 
 
