@@ -27,6 +27,11 @@ test: venv
 	$(PY) -m ruff check .
 	$(PY) -m pytest
 
+## test-long   the shipped configs on real rows: make test-long GSM8K=gsm8k-train.jsonl (without it, on generated ones)
+.PHONY: test-long
+test-long: venv
+	$(PY) -m pytest tests/e2e/test_configs.py $(if $(GSM8K),--gsm8k $(GSM8K))
+
 ## invariants  every parallel split against one process: loss and gradient
 .PHONY: invariants
 invariants: venv

@@ -131,7 +131,7 @@ class AdvantageOptions:
 
     estimator: Literal["group", "rloo", "gae"]
     norm_by_std: bool = True  # group
-    singleton: Literal["raw", "zero"] = "raw"  # group: the advantage of a group of one
+    singleton: Literal["raw", "zero"] = "raw"  # group and rloo: the advantage of a group of one
     gamma: float = 1.0  # gae
     lam: float = 1.0  # gae
     whiten: bool = True  # gae
@@ -144,6 +144,7 @@ class Objective(Protocol):
     needs: frozenset[str]  # fields of Microbatch that it reads beside those of every microbatch
     totals_need: frozenset[str] | None  # fields that `totals` reads; None where it counts nothing
     metrics: ClassVar[Mapping[str, Over]]  # every key it reports, and how it is reduced
+    critic: ClassVar[bool]  # whether a value function is trained beside the policy, by `value_loss` and its `value_metrics`
     trains_on: ClassVar[frozenset[str]]  # of {"demonstrations", "preferences", "rollouts"}
     aggregation: str
     max_response_length: int | None

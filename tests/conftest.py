@@ -15,6 +15,10 @@ from megapsft.checkpoint.random_init import init_model  # noqa: E402
 from megapsft.data.arithmetic import generate, write_jsonl  # noqa: E402
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gsm8k", type=Path, help="JSONL with GSM8K's columns: train the shipped configs on its rows")
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """JSONL of 64 generated problems, columns `question` and `answer`."""

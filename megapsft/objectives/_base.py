@@ -27,6 +27,7 @@ class Base:
     entropy_gradient: ClassVar[bool] = False  # whether the loss has a gradient through the entropy
     term: ClassVar[VocabularyTerm | None] = None  # what the head is to compute beside log-probability and entropy
     advantages: ClassVar[AdvantageOptions | None] = None  # what is made of rewards; None where they are not read
+    critic: ClassVar[bool] = False  # whether a value function is trained beside the policy, by `value_loss`
     metrics: ClassVar[Mapping[str, Over]] = {  # every key it reports, and how it is reduced
         "objective/nll": "mean",
         "objective/clip_fraction": "mean",

@@ -76,7 +76,7 @@ class DPO(Base):
         log_ratio = constant - torch.where(batch.loss_mask, batch.ref_logprobs, 0)
         logps = _pairs(sample_sums(constant, batch))
         rewards = self.beta * _pairs(sample_sums(log_ratio, batch))
-        tokens = _pairs(sample_lengths(batch, constant.dtype)).sum(dim=1).clamp(min=1)
+        tokens = _pairs(sample_lengths(batch, constant.dtype)).sum(dim=1)
 
         margins, smoothing = rewards[:, 0] - rewards[:, 1], self.label_smoothing
         values = -(1 - smoothing) * logsigmoid(margins) - smoothing * logsigmoid(-margins)

@@ -78,7 +78,7 @@ class IWSFT(PerToken):
     def __call__(self, output: PolicyOutput, batch: Microbatch) -> tuple[Tensor, Mapping[str, Metric]]:
         """Losses [B, S] of the dtype of `output.logprobs`, 0 where masked, and the metrics."""
         logprobs = torch.where(batch.loss_mask, output.logprobs, 0)
-        log_ratio = logprobs.detach() - torch.where(batch.loss_mask, batch.ref_logprobs, 0)
+        log_ratio = logprobs.detach() - torch.where(batch.loss_mask, batch.ref_logprobs.detach(), 0)
         if self.level == "sequence":
             log_ratio = at_tokens(self.temperature * sample_means(log_ratio, batch), batch)
         free = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()

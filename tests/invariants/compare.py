@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,7 @@ class Comparison:
     """Models, data and the gradients on one rank, made once in `folder`."""
 
     def __init__(self, folder: Path):
-        self.folder, self._references = folder, {}
+        self.folder, self._references, self._made = folder, {}, {}
         self.data = folder / "data.jsonl"
         write_jsonl(self.data, generate(64, 7))
 
@@ -81,19 +82,25 @@ class Comparison:
         return run_ranks(split.world, measure, old, new, self.data, split.options, samples)[0]
 
     def _models(self, kind: str) -> tuple[Path, Path]:
-        """A random model with weights large enough that attention and routing matter, and one some updates away from it."""
-        old, new = self.folder / f"{kind}-old", self.folder / f"{kind}-new"
-        if not old.exists():
-            for folder in (old, new):
-                init_model(family=FAMILIES[kind], data_path=self.data, out_dir=folder, vocab_size=307,
-                           hidden_size=64, intermediate_size=128, seed=1)  # fmt: skip
-            generator = torch.Generator().manual_seed(3)
-            weights = load_file(old / "model.safetensors")
-            weights = {name: w if w.dim() == 1 else w * 4 for name, w in weights.items()}
+        if kind not in self._made:
+            self._made[kind] = perturbed(self.folder, kind, self.data, names=("old", "new"))
+        return self._made[kind]["old"], self._made[kind]["new"]
+
+
+def perturbed(folder: Path, kind: str, data: Path, names: Sequence[str]) -> dict[str, Path]:
+    """A random model with weights large enough that attention and routing matter, and others some updates away from it."""
+    made, weights, generator = {}, {}, torch.Generator().manual_seed(3)
+    for name in names:
+        made[name] = folder / f"{kind}-{name}"
+        init_model(family=FAMILIES[kind], data_path=data, out_dir=made[name], vocab_size=307,
+                   hidden_size=64, intermediate_size=128, seed=1)  # fmt: skip
+        if not weights:
+            weights = load_file(made[name] / "model.safetensors")
+            moved = weights = {name: w if w.dim() == 1 else w * 4 for name, w in weights.items()}
+        else:
             moved = {name: w + 0.01 * torch.randn(w.shape, generator=generator) for name, w in weights.items()}
-            save_file(weights, old / "model.safetensors", metadata={"format": "pt"})
-            save_file(moved, new / "model.safetensors", metadata={"format": "pt"})
-        return old, new
+        save_file(moved, made[name] / "model.safetensors", metadata={"format": "pt"})
+    return made
 
 
 def to_json(rows: list[Row]) -> str:

@@ -25,11 +25,13 @@ FIELDS = {"old_logprobs", "old_entropy", "ref_logprobs", "ref_hidden", "rollout_
 
 
 def variants(name: str) -> list[dict[str, Any]]:
-    """The defaults, and what the objective's own test adds."""
+    """The defaults, and what the objective's own test adds; on top of what is REQUIRED where there is no default."""
     try:
-        return [{}, *getattr(importlib.import_module(f"tests.objectives.test_{name}"), "VARIANTS", [])]
+        module = importlib.import_module(f"tests.objectives.test_{name}")
     except ModuleNotFoundError:
         return [{}]
+    required = getattr(module, "REQUIRED", {})
+    return [required | options for options in [{}, *getattr(module, "VARIANTS", [])]]
 
 
 OBJECTIVES = [

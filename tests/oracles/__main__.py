@@ -15,19 +15,39 @@ import torch
 from megapsft.errors import Refused
 from tests.oracles.aggregation import evaluate_aggregation
 from tests.oracles.compare import TOLERANCE, deviations
+from tests.oracles.mixtures import evaluate_luffy, evaluate_rft_raft, evaluate_srft
 from tests.oracles.offline import evaluate_dft, evaluate_dpo, evaluate_gem, evaluate_iw_sft, evaluate_sft_kl
 from tests.oracles.per_token import evaluate_psft, evaluate_sft
+from tests.oracles.rollouts import (
+    evaluate_cispo,
+    evaluate_dapo,
+    evaluate_dr_grpo,
+    evaluate_grpo,
+    evaluate_gspo,
+    evaluate_ppo,
+    evaluate_tis,
+)
 
 # objective -> what computes the outputs of one of its cases
 EVALUATORS: dict[str, Callable[[dict[str, Any], torch.dtype], dict[str, Any]]] = {
     "aggregation": evaluate_aggregation,
+    "cispo": evaluate_cispo,
+    "dapo": evaluate_dapo,
     "dft": evaluate_dft,
     "dpo": evaluate_dpo,
+    "dr_grpo": evaluate_dr_grpo,
     "gem": evaluate_gem,
+    "grpo": evaluate_grpo,
+    "gspo": evaluate_gspo,
     "iw_sft": evaluate_iw_sft,
+    "luffy": evaluate_luffy,
+    "ppo": evaluate_ppo,
     "psft": evaluate_psft,
+    "rft_raft": evaluate_rft_raft,
     "sft": evaluate_sft,
     "sft_kl": evaluate_sft_kl,
+    "srft": evaluate_srft,
+    "tis": evaluate_tis,
 }
 
 
