@@ -25,11 +25,10 @@ OPTIONS = {"dual_clip_c": "dual_clip", "C": "tis_cap", "level": "tis", "batch_no
 ONLY = {  # hparams that say what is so here in any case; gspo's aggregation is one of them
     "std": "unbiased",
     "kl": "k3",
-    "whiten": "masked, unbiased, eps 1e-8",
     "vf_coef": 1.0,
-    "metric": "acc",
     "rule": "std>0 or singleton",
 }
+WHITEN = {"masked, unbiased, eps 1e-8": True, "none": False, None: False}
 METRICS = {
     "pg_clipfrac": "objective/clip_fraction",
     "clipfrac": "objective/clip_fraction",
@@ -77,7 +76,9 @@ def evaluate_dapo(case: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     if "lengths" in case["inputs"]:
         return shaped(case["inputs"], **case["hparams"])
     if "group_metric" in case["inputs"]:
-        return sampled(case["inputs"], **without_constants(case["hparams"]))
+        hparams = without_constants(case["hparams"])
+        hparams.pop("metric", None)  # the name of what is given
+        return sampled(case["inputs"], **hparams)
     return evaluate("dapo", case, dtype)
 
 
@@ -129,6 +130,8 @@ def evaluate_ppo(case: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Token rewards and values to advantages, and from there both losses."""
     hparams = without_constants(case["hparams"])
     hparams["clip_low"] = hparams["clip_high"] = hparams.pop("clip")
+    if "whiten" in hparams:
+        hparams["whiten"] = WHITEN.get(hparams["whiten"], hparams["whiten"])
     objective: PPO = build_surrogate("ppo", hparams)
     given, mask = tensors(case["inputs"], dtype)
     rows = [np.array(case["inputs"][key], dtype=np.float64) for key in ("token_rewards", "values")]

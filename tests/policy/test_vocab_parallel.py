@@ -37,7 +37,9 @@ def loss_of(logprobs, entropy):
 
 def head(hidden, weight, labels, chunk_bytes=10**9, valid=None, group=None, entropy_gradient=True):
     valid = weight.shape[0] if valid is None else valid
-    return vocab_parallel_logprobs(hidden, weight, labels, group, valid, chunk_bytes, entropy_gradient)
+    return vocab_parallel_logprobs(
+        hidden, weight, labels, group, valid, chunk_bytes, entropy_gradient=entropy_gradient
+    )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])

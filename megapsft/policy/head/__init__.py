@@ -1,0 +1,1 @@
+"""From hidden states to quantities of each token over the whole vocabulary: statistics, and three ways to compute them."""

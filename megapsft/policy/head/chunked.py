@@ -1,0 +1,165 @@
+"""The default: logits exist a slab at a time (tokens x some columns of this rank's vocabulary), twice.
+
+The forward pass merges the statistics of the slabs; the backward pass makes each slab again, turns it into its gradient in place,
+and multiplies it out: the weight's gradient of a slab is written once, by one product over all tokens. Operands of products are in
+the model's dtype, all else is fp32 (fp64 for fp64 models). Elementwise work goes by blocks of rows, which stay in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megapsft.policy.head import statistics
+from megapsft.policy.head.statistics import Known, Wanted, finish, merge, nothing
+from megapsft.types import VocabularyTerm
+
+BLOCK_BYTES = 2**20  # of logits that elementwise work goes over several times
+MOST_TOKENS = 8192  # in one slab: more would leave it too few columns
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """This rank's columns, and what is asked of them."""
+
+    group: dist.ProcessGroup | None
+    first: int  # column of the whole vocabulary that is this rank's first
+    columns: int  # without padding
+    chunk_bytes: int
+    temperature: float
+    entropy_gradient: bool
+    term: VocabularyTerm | None
+    blocks: object = statistics  # the module whose `statistics` and `gradient` do the elementwise work
+
+
+class Slabs(torch.autograd.Function):
+    """(hidden [T, D], weight [V / p, D], labels [T], ref_hidden, ref_weight) -> log-probability, entropy, term: [T] each."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, ref_hidden, ref_weight, vocabulary):
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        term, labels = vocabulary.term, labels - vocabulary.first
+        target = _targets(hidden, weight, labels, vocabulary, exact) if term is not None and term.h == "logsigmoid" else None
+        stats = nothing(len(hidden), term, hidden, exact)
+        keep = _fits(hidden, vocabulary) and term is None and not vocabulary.entropy_gradient and any(ctx.needs_input_grad)
+        kept = None
+        for rows, columns in _tiles(len(hidden), vocabulary):
+            slab = _logits(hidden[rows], weight[columns])
+            ref = _logits(ref_hidden[rows], ref_weight[columns]) if ref_hidden is not None else None
+            for block in _blocks(rows, slab):
+                local = slice(block.start - rows.start, block.stop - rows.start)
+                z = _exact(slab[local], exact, vocabulary.temperature, copy=keep)
+                r = _exact(ref[local], exact, vocabulary.temperature) if ref is not None else None
+                known_target = target[block] if target is not None else None
+                part = vocabulary.blocks.statistics(z, r, labels[block] - columns.start, known_target, term)
+                stats[:, block] = merge(torch.stack((stats[:, block], part)), term)
+            kept = slab if keep else None
+        if vocabulary.group is not None:
+            parts = stats.new_empty(vocabulary.group.size() * len(stats), stats.shape[1])
+            dist.all_gather_into_tensor(parts, stats, group=vocabulary.group)
+            stats = merge(parts.view(-1, *stats.shape), term)
+        known, logprobs, entropy, value = finish(stats, term)
+        ctx.vocabulary = vocabulary
+        ctx.save_for_backward(hidden, weight, labels, ref_hidden, ref_weight, kept, *known.tensors())
+        ctx.set_materialize_grads(False)
+        if not vocabulary.entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy, value
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy, grad_term):
+        hidden, weight, labels, ref_hidden, ref_weight, kept, *known = ctx.saved_tensors
+        vocabulary, known = ctx.vocabulary, Known(*known)
+        exact = known.lse.dtype
+        grads = [None if g is None else g / vocabulary.temperature for g in (grad_logprobs, grad_entropy, grad_term)]
+        grad_hidden = torch.zeros_like(hidden, dtype=exact)
+        # slabs of one tile of tokens fill it once; padded rows, and shards of nothing else, are not trained
+        grad_weight = torch.zeros_like(weight) if len(hidden) == 0 else torch.empty_like(weight)
+        grad_weight[vocabulary.columns :] = 0
+        sums = torch.zeros_like(weight, dtype=exact) if _token_tiles(len(hidden), vocabulary) > 1 else None
+        for rows, columns in _tiles(len(hidden), vocabulary):
+            slab = kept if kept is not None else _logits(hidden[rows], weight[columns])
+            ref = _logits(ref_hidden[rows], ref_weight[columns]) if ref_hidden is not None else None
+            for block in _blocks(rows, slab):
+                local = slice(block.start - rows.start, block.stop - rows.start)
+                z = _exact(slab[local], exact, vocabulary.temperature)
+                r = _exact(ref[local], exact, vocabulary.temperature) if ref is not None else None
+                part = Known(*(None if k is None else k[block] for k in known.tensors()))
+                wanted = Wanted(*(None if g is None else g[block] for g in grads))
+                done = vocabulary.blocks.gradient(z, r, labels[block] - columns.start, part, wanted, vocabulary.term)
+                if done.data_ptr() != slab[local].data_ptr():
+                    slab[local] = done
+            _accumulate(grad_hidden[rows], slab, weight[columns])
+            if sums is None:
+                torch.mm(slab.T, hidden[rows], out=grad_weight[columns])
+            else:
+                _accumulate(sums[columns], slab.T, hidden[rows])
+        if sums is not None:
+            grad_weight[: vocabulary.columns] = sums[: vocabulary.columns]
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
+
+
+def _fits(hidden: Tensor, vocabulary: Vocabulary) -> bool:
+    """Whether one slab holds all logits: then they can stay, and the backward pass need not make them again."""
+    return 0 < len(hidden) * vocabulary.columns * 4 <= vocabulary.chunk_bytes and len(hidden) <= MOST_TOKENS
+
+
+def _tile(tokens: int, vocabulary: Vocabulary) -> tuple[int, int]:
+    """Tokens and columns of a slab: all tokens where they leave it 64 columns or more."""
+    elements = max(1, vocabulary.chunk_bytes // 4)
+    height = max(1, min(tokens, MOST_TOKENS, elements // min(64, max(1, vocabulary.columns))))
+    return height, max(1, elements // height)
+
+
+def _token_tiles(tokens: int, vocabulary: Vocabulary) -> int:
+    return -(-tokens // _tile(tokens, vocabulary)[0])
+
+
+def _tiles(tokens: int, vocabulary: Vocabulary) -> Iterator[tuple[slice, slice]]:
+    """(tokens, columns) of each slab."""
+    height, width = _tile(tokens, vocabulary)
+    for start in range(0, tokens, height):
+        for column in range(0, vocabulary.columns, width):
+            yield slice(start, min(start + height, tokens)), slice(column, min(column + width, vocabulary.columns))
+
+
+def _blocks(rows: slice, slab: Tensor) -> Iterator[slice]:
+    """The rows of a slab, a few at a time; on a GPU, which has no such cache, all at once."""
+    height = max(1, BLOCK_BYTES // (4 * slab.shape[1])) if slab.device.type == "cpu" else len(slab)
+    for start in range(rows.start, rows.stop, height):
+        yield slice(start, min(start + height, rows.stop))
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    return hidden @ weight.T
+
+
+def _exact(logits: Tensor, dtype: torch.dtype, temperature: float, copy: bool = False) -> Tensor:
+    """In fp32 (fp64), temperature applied; in their own place where they have that dtype, unless `copy`."""
+    logits = logits.to(dtype, copy=copy)
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in the dtype of the total."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+def _targets(hidden: Tensor, weight: Tensor, labels: Tensor, vocabulary: Vocabulary, exact: torch.dtype) -> Tensor:
+    """[T] z of the labels, before anything else is known."""
+    mine = (labels >= 0) & (labels < vocabulary.columns)
+    rows = weight[labels.clamp(0, max(0, vocabulary.columns - 1))]
+    target = torch.where(mine, (hidden.to(exact) * rows.to(exact)).sum(-1) / vocabulary.temperature, 0)
+    if vocabulary.group is not None:
+        dist.all_reduce(target, group=vocabulary.group)  # zero everywhere but on one rank: exact
+    return target
+
+
+__all__ = ["Slabs", "Vocabulary"]
