@@ -39,12 +39,14 @@ class Surrogate(Base):
     clip_low: float | None = 0.2  # the ratio is clipped from below at 1 - clip_low; None: it is not
     clip_high: float | None = 0.2  # and from above at 1 + clip_high; None: it is not
     kl_coef: float = 0.0  # of the k3 estimate of the KL to the reference policy, a part of the loss
-    tis: Literal["off", "token", "sequence"] = "off"  # weights against the mismatch of rollout engine and training
+    tis: Literal["off", "token", "sequence", False] = "off"  # weights against the mismatch of rollout engine and training
     tis_cap: float = TIS_CAP  # of these weights
     tis_batch_normalize: bool = False  # divide them by their mean over the update
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.tis is False:  # how YAML reads a bare off
+            object.__setattr__(self, "tis", "off")
         if self.clip_low is not None and not 0 <= self.clip_low <= 1:
             raise Refused(f"clip_low={self.clip_low}", "must lie in 0..1: ratios are positive", "use 0.2, or null")
         if self.clip_high is not None and not self.clip_high >= 0:
@@ -182,13 +184,13 @@ def batch_metrics(advantages: Tensor, batch: Microbatch) -> Mapping[str, Metric]
         "advantages/mean": Metric(advantages),
         "advantages/max": Metric(advantages, "max"),
         "advantages/min": Metric(advantages, "min"),
-        "reward/mean": Metric(rewards, weights=shares(batch, advantages.dtype)),
+        "reward/mean": Metric(rewards, weights=shares(batch)),
         "reward/max": Metric(rewards, "max"),
         "reward/min": Metric(rewards, "min"),
     }
 
 
-def shares(batch: Microbatch, dtype: torch.dtype) -> Tensor:
-    """[B, S] 1 / trained tokens of the sample, 0 where masked: as weights they make the mean of a metric one over samples."""
-    lengths = at_tokens(sample_lengths(batch, dtype), batch)
+def shares(batch: Microbatch) -> Tensor:
+    """[B, S] fp64, 1 / trained tokens of the sample, 0 where masked: with these weights a mean is one over samples."""
+    lengths = at_tokens(sample_lengths(batch, torch.float64), batch)
     return torch.where(batch.loss_mask, 1 / lengths.clamp(min=1), 0)

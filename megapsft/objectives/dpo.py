@@ -56,8 +56,8 @@ class DPO(Base):
         "logps/chosen": "mean",
         "logps/rejected": "mean",
     }
-    beta: float = 0.01
-    label_smoothing: float = 0.0
+    beta: float = 0.01  # how far the policy may leave the reference: larger is nearer
+    label_smoothing: float = 0.0  # share of pairs whose label is taken to be wrong
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,8 +39,8 @@ class GEM(PerToken):
         gradient [[-0.0543, 0.0543], [-0.9457, 0.9457], [-0.5, 0.5]], before the weights of 1/3
     """
 
-    beta: float = 0.7
-    h: Literal["linear", "logsigmoid"] = "linear"
+    beta: float = 0.7  # below 1 the target is sharper than the policy; at 1 the gradient is that of SFT
+    h: Literal["linear", "logsigmoid"] = "linear"  # weights of the vocabulary: 1, or sigmoid(0.01 (z_v - z_y))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -63,7 +63,7 @@ class GSPO(Surrogate, GroupRelative):
         loss, clipped = pessimistic(ratio, advantages, self.clip_low, self.clip_high)
         value = ratio.detach()
         return loss, clipped, {
-            "objective/sequence_ratio_mean": Metric(value, weights=shares(batch, value.dtype)),
+            "objective/sequence_ratio_mean": Metric(value, weights=shares(batch)),
             "objective/sequence_ratio_max": Metric(value, "max"),
             "objective/sequence_ratio_min": Metric(value, "min"),
         }

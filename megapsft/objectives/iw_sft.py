@@ -51,7 +51,7 @@ class IWSFT(PerToken):
         "objective/weight_min": "min",
         "objective/weight_clip_fraction": "mean",
     }
-    level: Literal["token", "sequence"] = "token"
+    level: Literal["token", "sequence"] = "token"  # a weight for each token, or for each response from its mean log-ratio
     clip_low: float | None = None  # of the weight; None: 0.2 at level token, 0 at level sequence
     clip_high: float | None = None  # of the weight; None: 1.8 at level token, 16 at level sequence
     temperature: float = 1.0  # sequence only: multiplies the mean log-ratio

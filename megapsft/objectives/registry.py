@@ -38,7 +38,8 @@ def objective_class(name: str) -> type[Base]:
     elif name in objective_names():
         module = import_module(f"megapsft.objectives.{name}")
     else:
-        raise Refused(f"objective.name={name!r}", "is not known", suggest(str(name), objective_names()) + "; or a path to a .py file")
+        remedy = suggest(str(name), objective_names()) + "; or a path to a .py file"
+        raise Refused(f"objective.name={name!r}", "is not known", remedy)
     classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
     found = [c for c in classes if issubclass(c, Base)]
     if len(found) != 1:

@@ -42,8 +42,8 @@ class SFTKL(PerToken):
         gradient     [-0.8704, -1.1107, -0.8523], before the weights of 1/3
     """
 
-    kl_coef: float = 0.5
-    kl: Literal["reverse", "forward", "k3"] = "reverse"
+    kl_coef: float = 0.5  # of the KL; 0 is plain SFT, without a reference
+    kl: Literal["reverse", "forward", "k3"] = "reverse"  # over the full vocabulary, or k3: its cheap estimate
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -109,12 +109,12 @@ def _parameters(models: Sequence[GPTModel]) -> list[torch.nn.Parameter]:
     return [parameter for model in models for parameter in unwrap(model).parameters()]
 
 
-def _output_weight(models: Sequence[GPTModel]) -> Tensor | None:
+def _output_weight(models: Sequence[GPTModel]) -> torch.nn.Parameter | None:
     last = models[-1]
     if not last.post_process:
         return None
     tied = last.share_embeddings_and_output_weights
-    return (last.shared_embedding_or_output_weight() if tied else last.output_layer.weight).detach()
+    return last.shared_embedding_or_output_weight() if tied else last.output_layer.weight
 
 
 def _host(parameter: Tensor, pin: bool) -> Tensor:

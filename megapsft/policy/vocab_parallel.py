@@ -4,7 +4,7 @@ With logits z = h W^T / temperature, lse = logsumexp(z), p = exp(z - lse), label
 
     log-probability  l = z_y - lse             dl/dz = 1[y] - p
     entropy          H = lse - sum_v p_v z_v   dH/dz = -p (z - sum_v p_v z_v)
-    term             of VocabularyTerm         reverse_kl: p (log p - log q - KL); forward_kl: p - q; gem: q h - 1[y] sum_v q_v h_v
+    reverse KL p (log p - log q - KL), forward KL p - q, GEM q h - 1[y] sum_v q_v h_v: the gradients of a VocabularyTerm
 
 Backends: `torch` goes by slabs of a byte budget and never holds all logits (head/chunked.py), `triton` is the same with fused
 kernels on CUDA, `reference` is all logits at once with autograd. One collective: the statistics of each token are all-gathered,

@@ -16,12 +16,10 @@ from megapsft.advantages.gae import gae, whiten
 from megapsft.metrics.reduce import Reduction
 from megapsft.policy.build import Policy
 from megapsft.policy.constants import without_routing
-from megapsft.policy.critic import at_positions, gather_samples
 from megapsft.policy.forward import evaluate
+from megapsft.policy.per_sample import at_positions, gather_samples
 from megapsft.train.update import Report, descend
 from megapsft.types import AdvantageOptions, Microbatch, Minibatch, Objective, TrainBatch
-
-VARIANCE_FLOOR = 1e-5  # of the returns, in the explained variance
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,12 @@ class Critic:
             return loss, loss.detach().double()
 
         done = descend(self.policy, self.optimizer, without_routing(minibatch), consume, None, self.lr)
-        metrics = reduction.finish(dist.group.WORLD) | {"critic/loss": done.loss, "critic/grad_norm": done.grad_norm}
+        metrics = reduction.finish(dist.group.WORLD)
+        metrics |= {
+            "critic/loss": done.loss,
+            "critic/grad_norm": done.grad_norm,
+            "critic/explained_variance": objective.explained_variance(metrics),
+        }
         return Report(report.metrics | metrics, report.skipped or (f"critic: {done.skipped}" if done.skipped else None))
 
 

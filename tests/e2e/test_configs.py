@@ -22,7 +22,7 @@ from tests.ranks import run_ranks
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*/*.yaml"))
 FIFTY = {  # updates: two a step, but for DPO, whose steps are one update
     "demonstrations": ["train.batch_size=16", "train.minibatch_size=8", "train.sft_warmup_steps=5", "train.steps=20"],
-    "preferences": ["train.batch_size=8", "train.minibatch_size=8", "train.steps=50"],
+    "preferences": ["train.batch_size=8", "train.minibatch_size=8", "train.steps=50", "data.limit=32"],  # learned by heart
     "rollouts": ["train.batch_size=8", "train.minibatch_size=4", "train.steps=25"],
 }
 
@@ -78,7 +78,8 @@ def test_trains_for_fifty_updates(path, rows, model, tmp_path):
     if kind == "demonstrations":
         assert own[-1]["objective/nll"] < records[0]["objective/nll"] - 0.5
     if kind == "preferences":
-        assert sum(record["rewards/margins"] for record in own[-10:]) > 0
+        assert own[-1]["rewards/margins"] > 0
+        assert own[-1]["train/loss"] < own[0]["train/loss"]
         assert own[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)  # the policy is the reference
     if objective.critic:
         assert own[-1]["critic/loss"] < own[0]["critic/loss"]

@@ -16,7 +16,7 @@ from tests.objectives.test_contract import variants
 from tests.ranks import run_ranks
 
 TOLERANCE = 1e-5
-DEFAULTS = [{"name": name} for name in objective_names()]
+DEFAULTS = [{"name": name} | variants(name)[0] for name in objective_names()]
 VARIANTS = [{"name": name} | options for name in objective_names() for options in variants(name)]
 SPLITS = [
     ("dense", split("cp2", 2, pack=256, cp=2), VARIANTS),

@@ -1,17 +1,20 @@
-"""GSPO: one ratio a sample. More values: tests/oracles; over context-parallel ranks: tests/invariants."""
+"""GSPO: one ratio a sample. More values: tests/oracles."""
 
 import dataclasses
 import math
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megapsft.errors import Refused
+from megapsft.metrics.reduce import Reduction
 from megapsft.objectives.gspo import GSPO
 from megapsft.objectives.registry import build_objective
 from megapsft.types import PolicyOutput
 from tests.objectives.on_rollouts import LOGPROBS, OLD_LOGPROBS, close, evaluate
 from tests.oracles.batches import microbatch
+from tests.ranks import run_ranks
 
 VARIANTS = [  # beside the defaults, for the contract; wide bounds, or nearly all made-up samples are clipped
     {"clip_low": 0.2, "clip_high": 0.28},
@@ -69,6 +72,41 @@ def test_samples_that_are_packed_are_still_samples():
     ]
     assert torch.equal(losses[0].flatten(), losses[1].flatten())
     assert losses[0][0, 0] != losses[0][1, 0]
+
+
+def of_columns(columns=None):
+    """(losses, gradient, metrics) of two samples of three tokens; rank r holds the columns `columns[r]`, without ranks all."""
+    if columns is not None:
+        dist.init_process_group("gloo")
+    group = dist.group.WORLD if columns is not None else None
+    mine = slice(None) if columns is None else columns[dist.get_rank()]
+    objective = GSPO(clip_low=0.2, clip_high=0.28, tis="sequence", tis_cap=1.3)
+    mask = torch.tensor([[True, True, True], [True, False, True]])[:, mine]
+    numbers = {
+        "old_logprobs": torch.tensor([OLD_LOGPROBS, OLD_LOGPROBS]),
+        "rollout_logprobs": torch.tensor([[-0.3, -1.1, -0.7], [-0.3, 9.0, -1.2]]),
+        "advantages": torch.tensor([[1.0], [-1.0]]).expand(2, 3),
+        "rewards": torch.tensor([[1.0], [0.0]]).expand(2, 3),
+    }
+    fields = {key: value[:, mine] for key, value in numbers.items()}
+    batch = microbatch(mask, mask / 1, context_group=group, **fields)
+    logprobs = torch.tensor([LOGPROBS, LOGPROBS])[:, mine].requires_grad_()
+    losses, metrics = objective(PolicyOutput(logprobs=logprobs, entropy=logprobs.detach()), batch)
+    (gradient,) = torch.autograd.grad(losses.sum(), logprobs)
+    reduction = Reduction(objective.metrics)
+    reduction.add(metrics, mask)
+    return losses.detach(), gradient, reduction.finish(group)
+
+
+def test_samples_cut_over_context_parallel_ranks_are_whole():
+    losses, gradient, metrics = of_columns()
+    assert metrics["reward/mean"] == pytest.approx(0.5)  # of samples, not of tokens
+    assert metrics["objective/sequence_ratio_mean"] == pytest.approx((math.exp(0.2) + math.exp(0.35)) / 2)
+    columns = [[0], [1, 2]]
+    for mine, (part, part_gradient, reduced) in zip(columns, run_ranks(2, of_columns, columns), strict=True):
+        torch.testing.assert_close(part, losses[:, mine])
+        torch.testing.assert_close(part_gradient, gradient[:, mine])
+        assert reduced == pytest.approx(metrics)
 
 
 @pytest.mark.parametrize("options", [{"aggregation": "token-mean"}, {"max_response_length": 8}, {"dual_clip": 3.0}])

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+from megapsft.config import load_config
 from megapsft.objectives.grpo import GRPO
+from megapsft.objectives.registry import build_objective
 from tests.objectives.on_rollouts import LOGPROBS, OLD_LOGPROBS, close, evaluate
 from tests.oracles.batches import microbatch
 
@@ -78,3 +80,10 @@ def test_what_the_other_engine_took_for_impossible_stays_finite(rollout, weight)
 def test_asks_for_what_the_engine_recorded():
     assert GRPO(tis="token").needs == {"old_logprobs", "rollout_logprobs"}
     assert "tis/weight_mean" not in GRPO().metrics
+
+
+@pytest.mark.parametrize("written", ["off", "'off'", "false"])
+def test_off_is_off_however_yaml_reads_it(written):
+    section = load_config(None, ["objective.name=grpo", f"objective.tis={written}"]).objective
+    assert build_objective(section) == GRPO()
+    assert build_objective(section).tis == "off"

@@ -1,4 +1,4 @@
-"""All logits at once, gathered over the tensor-parallel ranks, and torch's autograd: slow, large, and plain enough to be believed."""
+"""All logits at once, gathered over the tensor-parallel ranks, and torch's autograd: slow, large, and plain."""
 
 from __future__ import annotations
 
