@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -77,6 +78,78 @@ def _train_here(plan: RunPlan) -> int:
     if _is_first():
         done = run.done
         print(f"{plan.config.run.dir}: {done.step} steps, {done.update} updates, {done.skipped_updates} of them skipped")
+    parallel.shutdown()
+    return 0
+
+
+def probe(
+    config: tyro.conf.Positional[Path],
+    *,
+    samples: int | None = None,
+    out: Path | None = None,
+    plot: Path | None = None,
+    nproc_per_node: int | None = None,
+) -> int:
+    """Measure how far ratios are from 1 before any update: megapsft probe CONFIG.yaml [key=value ...]. Nothing is trained.
+
+    For example:
+        megapsft probe configs/psft/tiny-qwen3-gsm8k.yaml data.path=train.jsonl model.dtype=bfloat16
+        megapsft probe configs/psft/tiny-qwen3-moe-gsm8k.yaml --samples 32 --out probe.json --plot probe.png
+        torchrun --nproc-per-node 8 -m megapsft.cli probe CONFIG.yaml     (or srun: it joins)
+
+    Args:
+        config: YAML file; `key=value` arguments overlay it, `megapsft config` lists the keys.
+        samples: rows of the data, the first in the order of the run; default: those of its first update.
+        out: JSON to write.
+        plot: PNG to draw: how ratios are spread, and the clip range.
+        nproc_per_node: processes to start here; default: the GPUs of this machine, or the fewest that the split needs.
+    """
+    from megapsft.config import RunConfig, load_config
+    from megapsft.parallel import smallest_world
+    from megapsft.platform.launch import become_world_of_one, die_with_launcher, joined_world, torchrun
+    from megapsft.report.probe import need_matplotlib
+    from megapsft.train.plan import plan_run
+    from megapsft.train.probe import first_groups
+
+    if nproc_per_node is not None and nproc_per_node < 1:
+        raise Refused(f"--nproc-per-node {nproc_per_node}", "must be 1 or more", "leave it out for as many as the split needs")
+    if plot is not None:
+        need_matplotlib()
+    resolved = load_config(config, OVERRIDES)
+    if resolved.run.dir:  # one that is never made: what stands in run.dir is another run than that of a probe
+        resolved = replace(resolved, run=RunConfig(dir=str(Path(resolved.run.dir) / "probe")))
+    die_with_launcher()
+    joined = joined_world()
+    world = joined or nproc_per_node or max(smallest_world(resolved.parallel), _gpus())
+    plan = plan_run(resolved, world)
+    first_groups(plan, samples)  # refuses at the door too
+    if world > 1 and not joined:
+        options = {"--samples": samples, "--out": out, "--plot": plot}
+        given = [text for name, value in options.items() if value is not None for text in (name, str(value))]
+        return torchrun(world, ["probe", str(config), *OVERRIDES, *given])
+    if not joined:
+        become_world_of_one()
+    return _probe_here(plan, samples, out, plot)
+
+
+def _probe_here(plan: RunPlan, samples: int | None, out: Path | None, plot: Path | None) -> int:
+    """As one rank of the world that the environment describes; the first one reports."""
+    from megapsft import parallel
+    from megapsft.platform.compat import hush
+    from megapsft.report.probe import draw_probe, show_probe, write_probe
+    from megapsft.train.probe import measure_noise
+
+    hush()
+    parallel.initialize(plan.mesh, plan.config.parallel, plan.config.train.seed)
+    measured = measure_noise(plan, samples)
+    if _is_first():
+        show_probe(measured)
+        if out is not None:
+            write_probe(measured, plan, out)
+            print(f"wrote {out}")
+        if plot is not None:
+            draw_probe(measured, plan, plot)
+            print(f"drew {plot}")
     parallel.shutdown()
     return 0
 
@@ -227,6 +300,7 @@ def curves(runs: tyro.conf.Positional[tuple[Path, ...]], *, out: Path) -> int:
 
 COMMANDS = {
     "train": train,
+    "probe": probe,
     "export": export,
     "init-model": init_model,
     "make-data": make_data,
@@ -261,7 +335,7 @@ def _complain(error: Exception) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 2 where something was refused, 3 where training stopped itself."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] in (["train"], ["config"]):
+    if arguments[:1] in (["train"], ["probe"], ["config"]):
         OVERRIDES[:] = [a for a in arguments[1:] if _is_override(a)]
         arguments = [a for a in arguments if a not in OVERRIDES]
     try:

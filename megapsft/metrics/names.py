@@ -16,7 +16,7 @@ METRICS: dict[str, str] = {
     "policy/old_entropy": "mean entropy of the policy at the start of the step, where the objective has an old policy",
     # what the objective reports; of the same keys for every objective
     "objective/nll": "mean negative log-likelihood",
-    "objective/clip_fraction": "mean of 1[clipping made the loss of the token strictly larger], of cispo 1[the ratio was clipped]",
+    "objective/clip_fraction": "mean of 1[clipping made the token's loss strictly larger], of cispo 1[the ratio was clipped]",
     "objective/ratio_mean": "mean of exp(clamp(logprobs - old_logprobs)); 1 where there is no old policy",
     "objective/ratio_max": "largest ratio; above 1 on the first update of a step it measures numerical noise",
     "objective/ratio_min": "smallest ratio",

@@ -42,7 +42,7 @@ class DFT(PerToken):
     """
 
     metrics: ClassVar[Mapping[str, Over]] = Base.metrics | {"objective/weight_mean": "mean", "objective/weight_min": "min"}
-    level: Literal["token", "sentence", "geometric_mean"] = "token"  # the probability that weighs: of the token, or of the response
+    level: Literal["token", "sentence", "geometric_mean"] = "token"  # whose probability weighs: the token's, the response's
 
     def __call__(self, output: PolicyOutput, batch: Microbatch) -> tuple[Tensor, Mapping[str, Metric]]:
         """Losses [B, S] of the dtype of `output.logprobs`, 0 where masked, and the metrics."""

@@ -283,6 +283,12 @@ def _with_notes(plan: RunPlan) -> RunPlan:
             f"train.minibatch_size below train.batch_size={train.batch_size} (the paper: an eighth)."
         )
     notes.extend(plan.data.notes)
+    if plan.config.data.kind == "rollouts" and objective.objective.advantages is None and plan.config.data.select is None:
+        notes.append(f"{name} reads no rewards: it imitates wrong rollouts too. Set data.select=rft to train on right ones alone.")
+    where = plan.config.reference.placement
+    if plan.needs_reference(objective):
+        kept = "its weights are kept in host memory and swapped in" if where == "swap" else "a second model on the device"
+        notes.append(f"{name} compares with a frozen reference in the same process: {kept} (reference.placement={where}).")
     if plan.data.dropped or plan.data.truncated:
         notes.append(
             f"{plan.data.dropped} of {plan.data.rows} rows dropped and {plan.data.truncated} truncated: "

@@ -36,6 +36,7 @@ from megapsft.train.phases import Phase, phase_of
 from megapsft.train.plan import RunPlan, checkpoint_folder, config_file, run_folder, to_yaml
 from megapsft.train.sources import Source
 from megapsft.train.update import Report
+from megapsft.train.watch import Watch
 from megapsft.types import Group, Objective, TrainBatch
 
 
@@ -67,6 +68,7 @@ class Run:
     since_checkpoint: list[float] = field(default_factory=list)  # `checkpoint.best_metric` of the steps since the last one
     reference: Reference | None = None  # frozen; of the present phase, where its objective compares with one
     critic: Critic | None = None  # of the present phase, where its objective has one
+    watch: Watch = field(default_factory=Watch)
     lock: IO | None = None  # held while the run lives, on the first rank
     clock: float = field(default_factory=time.perf_counter)
 
@@ -131,6 +133,7 @@ class Run:
             self.sinks.write_update(self._record(step, phase) | metrics)
         if self.progress:
             self._show(phase, metrics, report.skipped)
+        self.say(self.watch.update(done.update, metrics))
         if done.skipped_in_a_row >= self.plan.config.train.max_skipped_updates:
             raise TrainingStopped(
                 f"{done.skipped_in_a_row} updates in a row were skipped (train.max_skipped_updates="
@@ -165,7 +168,14 @@ class Run:
             self.since_checkpoint.append(best)
         if self.sinks:
             self.sinks.write_step(self._record(step, phase) | {"epoch": self.source.sampler.epoch(step + 1)} | record)
+        self.say(self.watch.step(phase, record, len(reports)))
         self.checkpoints.finish(blocking=False)
+
+    def say(self, text: str | None) -> None:
+        """A note for the user, above the bar of progress where there is one."""
+        if text and self.sinks:
+            console = self.progress.console if self.progress else Console(stderr=True)
+            console.print(f"[yellow]note:[/] {text}", highlight=False)
 
     def save_if_due(self, step: int, phase: Phase) -> None:
         """A checkpoint every `checkpoint.interval` steps, at the end of a phase, and at the end of the run."""

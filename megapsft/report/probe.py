@@ -1,0 +1,212 @@
+"""The noise floor of the ratio: a sentence, a table, JSON and a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from megapsft.errors import Refused
+from megapsft.report.curves import LINES
+from megapsft.train.plan import RunPlan
+from megapsft.train.probe import FEATURES, QUANTILES, Floor, Probe, Row
+
+SECTIONS = {
+    "configured": "this run",
+    "repeated": "this run",
+    "removed": "one thing less",
+    "not shared": "old pass alone",
+}
+POINTS = 400  # of a line in the picture
+
+
+def show_probe(probe: Probe) -> None:
+    """Print the table, the notes and the verdict."""
+    console = Console()
+    console.print(probe_table(probe))
+    for note in probe.notes:
+        console.print(f"[yellow]note:[/] {note}", highlight=False)
+    console.print(verdict(probe), highlight=False, soft_wrap=True)
+
+
+def verdict(probe: Probe) -> str:
+    """In one sentence: whether the run's ratios are 1; if not, why, and what to do; if so, what another old pass would do."""
+    first, count = probe.rows[0], len(probe.rows[0].log_ratios)
+    floor = probe.floor(first)
+    if floor.differ == 0:
+        text = f"The training pass has the bits of the old pass: ratios are exactly 1 on {count:,} {probe.unit}"
+        others = [row for row in probe.rows if row.kind == "not shared" and not row.replayed]
+        if others:
+            text += "; " + _worst(probe, max(others, key=lambda row: (probe.floor(row).clipped, probe.floor(row).mean)))
+        return text + "."
+    text = f"Noise alone clips {_percent(floor.clipped)} of {count:,} {probe.unit} (99 % of ratios are within "
+    text += f"{_number(floor.quantiles[0.99])} of 1); "
+    cause = probe.cause()
+    if cause is not None:
+        return text + f"the cause is {cause.cause}; remedy: {cause.remedy}."
+    if any(row.kind == "repeated" for row in probe.rows):
+        return text + "the cause is the device, on which the same pass twice gives other bits; remedy: deterministic kernels."
+    return text + "no feature turned off by itself halves it."
+
+
+def _worst(probe: Probe, row: Row) -> str:
+    replayed = [r for r in probe.rows if (r.kind, r.title, r.replayed) == (row.kind, row.title, True)]
+    text = f"with the old pass {row.title} noise alone would clip {_percent(probe.floor(row).clipped)}"
+    return text + (f", with routing replay {_percent(probe.floor(replayed[0]).clipped)}" if replayed else "")
+
+
+def probe_table(probe: Probe) -> Table:
+    """One row a comparison; the columns of routing are there only for experts."""
+    experts = any(row.replayed is not None for row in probe.rows)
+    count = len(probe.rows[0].log_ratios)
+    title = f"|ratio - 1| without any update, {count:,} {probe.unit}; clip range {clip_range(probe)}"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("old pass", no_wrap=True)
+    headings = ["≠ 1", "mean", *(f"{100 * q:g}%" for q in QUANTILES), "max", "clip"]
+    for heading in headings + (["flips"] if experts else []):
+        table.add_column(heading, justify="right", no_wrap=True)
+    section = None
+    for row in probe.rows:
+        if SECTIONS[row.kind] != section:
+            section = SECTIONS[row.kind]
+            table.add_section()
+            table.add_row(f"[bold]{section}")
+        floor = probe.floor(row)
+        flips = "–" if row.flipped is None else _percent(row.flipped)
+        sizes = (floor.mean, *floor.quantiles.values(), floor.largest)
+        cells = [_percent(floor.differ), *map(_number, sizes), _percent(floor.clipped)]
+        table.add_row(name(row), *cells, *([flips] if experts else []))
+    table.caption = "mean: of |log ratio|; clip: share outside the clip range"
+    if experts:
+        table.caption += "; flips: share of tokens x layers\nthat go to another set of experts"
+    return table
+
+
+def name(row: Row) -> str:
+    """What a row is called where its section is known."""
+    if row.kind == "configured":
+        return {None: "as configured", False: "free routing", True: "routing replay"}[row.replayed]
+    return "  routing replay" if row.replayed and row.kind == "not shared" else f"{row.title}"
+
+
+def clip_range(probe: Probe) -> str:
+    low = "0" if probe.clip_low is None else f"{1 - probe.clip_low:g}"
+    return f"{low} to {'inf' if probe.clip_high is None else f'{1 + probe.clip_high:g}'}"
+
+
+def write_probe(probe: Probe, plan: RunPlan, out: Path) -> None:
+    """Everything that the table says, and of what, as JSON; folders are made."""
+    cause = probe.cause()
+    content = {
+        "verdict": verdict(probe),
+        "cause": cause.key if cause else None,
+        "remedy": cause.remedy if cause else None,
+        "notes": probe.notes,
+        "unit": probe.unit,
+        "count": len(probe.rows[0].log_ratios),
+        "clip_low": probe.clip_low,
+        "clip_high": probe.clip_high,
+        "model": plan.config.model.path,
+        "dtype": plan.config.model.dtype,
+        "mesh": plan.mesh.describe(),
+        "rows": [_row_json(row, probe.floor(row)) for row in probe.rows],
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def _row_json(row: Row, floor: Floor) -> dict[str, Any]:
+    return {
+        "kind": row.kind,
+        "title": row.title,
+        "feature": row.feature,
+        "routing_replay": row.replayed,
+        "differ": floor.differ,
+        "mean_abs_log_ratio": floor.mean,
+        "quantiles": {str(q): value for q, value in floor.quantiles.items()},
+        "max": floor.largest,
+        "clipped": floor.clipped,
+        "flipped": row.flipped,
+    }
+
+
+def need_matplotlib() -> None:
+    """Refuse before anything is measured what could not be drawn afterwards.
+
+    Raises:
+        Refused: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise Refused("--plot", f"needs matplotlib ({error})", "pip install 'megapsft[report]', or leave --plot out") from None
+
+
+def draw_probe(probe: Probe, plan: RunPlan, out_png: Path) -> None:
+    """For every row the share of ratios that are further from 1 than x, over x, both logarithmic; the clip range is marked.
+
+    Rows with replay are dashed, in the colour of the row without.
+
+    Args:
+        out_png: where the picture goes; folders are made.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    titles = list(dict.fromkeys((row.kind, row.title) for row in probe.rows))
+    for row in probe.rows:
+        x, share = tail(row.log_ratios)
+        label = f"{SECTIONS[row.kind]}: {row.title}" + (", routing replay" if row.replayed else "")
+        colour = LINES[titles.index((row.kind, row.title)) % len(LINES)]
+        style = {"color": colour, "linestyle": "--" if row.replayed else "-", "linewidth": 1.8}
+        axes.plot(x, share, label=label + ("" if len(x) else " (exactly 1)"), **style)
+    for side, bound in (("high", probe.clip_high), ("low", probe.clip_low)):
+        if bound:
+            marked = f"clip_{side} = {bound:g}"
+            axes.axvline(bound, color="#333333", linewidth=1.2, linestyle=":" if side == "high" else "-.", label=marked)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_ylim(0.5 / len(probe.rows[0].log_ratios), 1.5)
+    axes.set_title(
+        f"Noise floor of the ratio: {plan.hf.architecture}, {plan.config.model.dtype}, {plan.mesh.describe()}",
+        loc="left", fontsize=12, fontweight="bold",
+    )  # fmt: skip
+    axes.set_xlabel("|ratio − 1| (no unit)")
+    axes.set_ylabel(f"share of {probe.unit} further from 1")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.legend(frameon=False, fontsize=9, loc="lower left")
+    out_png.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out_png, dpi=130)
+
+
+def tail(log_ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(x, share): the share of [n] ratios with |ratio - 1| >= x at so many of their values, ascending; none where all are 1."""
+    away = np.sort(np.abs(np.expm1(log_ratios)))
+    share = 1 - np.arange(len(away)) / len(away)
+    x, share = away[away > 0], share[away > 0]
+    # even on the logarithmic axis of shares, or the few tokens that matter would be lost
+    picked = len(x) - np.unique(np.geomspace(1, len(x), POINTS).astype(int))[::-1] if len(x) else np.empty(0, dtype=int)
+    return x[picked], share[picked]
+
+
+def _percent(share: float) -> str:
+    if 0 < share < 0.001:
+        return "<0.1%"
+    return f"{100 * share:.3g}%"
+
+
+def _number(size: float) -> str:
+    mantissa, _, exponent = f"{size:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if size else "0"
+
+
+__all__ = ["draw_probe", "need_matplotlib", "probe_table", "show_probe", "tail", "verdict", "write_probe"]
