@@ -14,7 +14,7 @@ from rich.table import Table
 from megapsft.errors import Refused
 from megapsft.report.curves import LINES
 from megapsft.train.plan import RunPlan
-from megapsft.train.probe import FEATURES, QUANTILES, Floor, Probe, Row
+from megapsft.train.probe import QUANTILES, Floor, Probe, Row
 
 SECTIONS = {
     "configured": "this run",
@@ -22,6 +22,7 @@ SECTIONS = {
     "removed": "one thing less",
     "not shared": "old pass alone",
 }
+FLIPS = "flips: share of tokens x layers with another set of experts"
 POINTS = 400  # of a line in the picture
 
 
@@ -55,9 +56,14 @@ def verdict(probe: Probe) -> str:
 
 
 def _worst(probe: Probe, row: Row) -> str:
-    replayed = [r for r in probe.rows if (r.kind, r.title, r.replayed) == (row.kind, row.title, True)]
-    text = f"with the old pass {row.title} noise alone would clip {_percent(probe.floor(row).clipped)}"
-    return text + (f", with routing replay {_percent(probe.floor(replayed[0]).clipped)}" if replayed else "")
+    floor = probe.floor(row)
+    text = f"with the old pass {row.title} 99 % of ratios would be within {_number(floor.quantiles[0.99])} of 1 and noise alone "
+    text += f"would clip {_percent(floor.clipped)}"
+    for other in probe.rows:
+        if (other.kind, other.title, other.replayed) == (row.kind, row.title, True):
+            floor = probe.floor(other)
+            text += f", with routing replay {_number(floor.quantiles[0.99])} and {_percent(floor.clipped)}"
+    return text
 
 
 def probe_table(probe: Probe) -> Table:
@@ -65,7 +71,7 @@ def probe_table(probe: Probe) -> Table:
     experts = any(row.replayed is not None for row in probe.rows)
     count = len(probe.rows[0].log_ratios)
     title = f"|ratio - 1| without any update, {count:,} {probe.unit}; clip range {clip_range(probe)}"
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), caption_justify="left")
     table.add_column("old pass", no_wrap=True)
     headings = ["≠ 1", "mean", *(f"{100 * q:g}%" for q in QUANTILES), "max", "clip"]
     for heading in headings + (["flips"] if experts else []):
@@ -81,9 +87,7 @@ def probe_table(probe: Probe) -> Table:
         sizes = (floor.mean, *floor.quantiles.values(), floor.largest)
         cells = [_percent(floor.differ), *map(_number, sizes), _percent(floor.clipped)]
         table.add_row(name(row), *cells, *([flips] if experts else []))
-    table.caption = "mean: of |log ratio|; clip: share outside the clip range"
-    if experts:
-        table.caption += "; flips: share of tokens x layers\nthat go to another set of experts"
+    table.caption = "mean: of |log ratio|; clip: share outside the clip range" + ("\n" + FLIPS if experts else "")
     return table
 
 
@@ -91,7 +95,7 @@ def name(row: Row) -> str:
     """What a row is called where its section is known."""
     if row.kind == "configured":
         return {None: "as configured", False: "free routing", True: "routing replay"}[row.replayed]
-    return "  routing replay" if row.replayed and row.kind == "not shared" else f"{row.title}"
+    return "  with replay" if row.replayed and row.kind == "not shared" else row.title
 
 
 def clip_range(probe: Probe) -> str:
@@ -201,7 +205,7 @@ def tail(log_ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _percent(share: float) -> str:
     if 0 < share < 0.001:
         return "<0.1%"
-    return f"{100 * share:.3g}%"
+    return f"{100 * share:.2g}%" if share < 0.995 else f"{100 * share:.4g}%"
 
 
 def _number(size: float) -> str:

@@ -53,8 +53,7 @@ class Feature:
 
     key: str
     off: Any  # the value of the key without it
-    both_without: str  # what a row is called where neither pass has it
-    old_without: str  # and where the old pass alone has it not
+    without: str  # what a pass without it is called
     cause: str
 
     @property
@@ -63,11 +62,11 @@ class Feature:
 
 
 FEATURES = (  # what costs least to do without comes first: of two that explain the noise alike it is named
-    Feature(MERGED, 1, "one pack at a time", "packs as one", "that the old pass takes several packs as one"),
-    Feature(REPLAY, True, "routing replay", "routing replay", "that experts are chosen anew in the training pass"),
-    Feature("parallel.recompute_granularity", None, "both not recomputed", "not recomputed", "recomputation"),
-    Feature(PACKING, False, "both unpacked", "unpacked", "packing"),
-    Feature("model.dtype", "float32", "both in float32", "in float32", "the rounding of bfloat16"),
+    Feature(MERGED, 1, "single packs", "that the old pass takes several packs as one"),
+    Feature(REPLAY, True, "routing replay", "that experts are chosen anew in the training pass"),
+    Feature("parallel.recompute_granularity", None, "not recomputed", "recomputation"),
+    Feature(PACKING, False, "unpacked", "packing"),
+    Feature("model.dtype", "float32", "in float32", "the rounding of bfloat16"),
 )
 
 
@@ -205,13 +204,13 @@ def _as_configured(bench: _Bench, plan: RunPlan) -> list[Row]:
     again = bench.training_pass(policy, plan)
     rows = bench.compare(policy, plan, free, bench.old_pass(policy, plan), kind="configured", title="as configured")
     if (again.logprobs != free.logprobs).any():
-        rows.append(bench.row(again, free, kind="repeated", title="training pass twice"))
+        rows.append(bench.row(again, free, kind="repeated", title="training twice"))
     packs = max(2, plan.config.train.no_grad_microbatches)
     if plan.config.data.packing and len(bench.batch(plan).minibatches[0].microbatches) > 1:
         old = bench.old_pass(policy, changed(plan, MERGED, packs))
         rows += bench.compare(policy, plan, free, old, kind="not shared", title=f"{packs} packs as one", feature=MERGED)
     for feature in shared:
-        about: dict[str, Any] = {"kind": "not shared", "title": feature.old_without, "feature": feature.key}
+        about: dict[str, Any] = {"kind": "not shared", "title": feature.without, "feature": feature.key}
         if feature.key == PACKING:
             old = bench.old_pass(policy, changed(single, PACKING, False))
             rows.append(bench.row(free, old, **about, replayed=False if plan.hf.num_experts else None))
@@ -228,14 +227,14 @@ def _each_removed(bench: _Bench, plan: RunPlan, rows: Sequence[Row]) -> list[Row
             continue
         if feature.key == REPLAY:  # has been measured
             (row,) = [row for row in rows if row.kind == "configured" and row.replayed]
-            removed.append(dataclasses.replace(row, kind="removed", title=feature.both_without, feature=feature.key))
+            removed.append(dataclasses.replace(row, kind="removed", title=feature.without, feature=feature.key))
             continue
         without = changed(plan, feature.key, feature.off)
         policy = build_policy(without)
         old = bench.old_pass(policy, without)
         new = bench.training_pass(policy, without, old.routing if policy.routing_replay else None)
         replayed = policy.routing_replay if plan.hf.num_experts else None
-        about = {"title": feature.both_without, "feature": feature.key, "replayed": replayed}
+        about = {"title": feature.without, "feature": feature.key, "replayed": replayed}
         removed.append(bench.row(new, old, kind="removed", **about))
         del policy
         _free()

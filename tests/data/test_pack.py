@@ -255,3 +255,47 @@ def test_zigzag_ranks_share_a_sequence(length, size):
 def test_zigzag_by_hand():
     assert zigzag(8, 0, 2).tolist() == [0, 1, 6, 7]
     assert zigzag(8, 1, 2).tolist() == [2, 3, 4, 5]
+
+
+def test_groups_are_cut_into_minibatches_whole():
+    groups = [tuple(SAMPLES[:3]), (SAMPLES[3],), tuple(SAMPLES[4:6])]
+    batch = pack(groups, minibatch_size=2, layout=SINGLE, aggregation="token-mean", pad_token_id=PAD)
+    assert [minibatch.samples for minibatch in batch.minibatches] == [4, 2]
+
+
+def test_sides_of_a_preference_share_a_microbatch(layout):
+    """Whatever the split, and next to each other in the update: 2k and 2k + 1."""
+    pairs = [tuple(SAMPLES[i : i + 2]) for i in range(0, 28, 2)]
+    layout = dataclasses.replace(layout, micro_batch_size=4)
+    seen = []
+    for rank in ranks(layout):
+        batch = pack(pairs, minibatch_size=7, layout=rank, aggregation="token-sum", pad_token_id=PAD, together=True)
+        for number, minibatch in enumerate(batch.minibatches):
+            for micro in minibatch.microbatches:
+                assert micro.samples == 14
+                here = {int(i) for i in micro.sample_ids.unique() if i >= 0}
+                if layout.context_parallel_size == 1:  # a slice need not have a token of both
+                    assert {i ^ 1 for i in here} == here
+                    seen += [(number, i) for i in here]
+    if layout.context_parallel_size == 1:
+        assert sorted(seen) == [(number, i) for number in range(2) for i in range(14)]
+
+
+def test_what_is_known_of_samples_reaches_every_token(layout):
+    known = [
+        dataclasses.replace(
+            sample, reward=i / 10, advantage=-i / 10, demonstration=i % 3 == 0,
+            rollout_logprobs=np.arange(len(sample), dtype=np.float32) + 100 * i,
+        )
+        for i, sample in enumerate(SAMPLES)
+    ]  # fmt: skip
+    for rank in ranks(layout):
+        for minibatch in pack_for(rank, known, minibatch_size=len(known)).minibatches:
+            for micro in minibatch.microbatches:
+                there, ids = micro.sample_ids >= 0, micro.sample_ids.clamp(min=0)
+                for values, factor in ((micro.rewards, 0.1), (micro.advantages, -0.1)):
+                    torch.testing.assert_close(values, torch.where(there, ids * factor, 0).float())
+                assert torch.equal(micro.demonstration, there & (ids % 3 == 0))
+                trained = micro.loss_mask
+                expected = (micro.position_ids + 1 + 100 * ids).float()  # of the token that the position predicts
+                assert torch.equal(micro.rollout_logprobs[trained], expected[trained])
