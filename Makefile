@@ -42,7 +42,7 @@ invariants: venv
 oracles: venv
 	$(PY) -m tests.oracles $(FILE)
 
-## docs        write docs/configuration.md again, from megapsft/config.py
+## docs        write docs/configuration.md and docs/metrics.md again, from the source
 .PHONY: docs
 docs: venv
 	$(PY) docs/generate.py

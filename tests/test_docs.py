@@ -16,6 +16,7 @@ import pytest
 
 from megapsft import cli
 from megapsft.config import Config, flatten, load_config
+from megapsft.data.arithmetic import preferences, read_problems, rollouts, write_jsonl
 from megapsft.metrics.names import METRICS
 from megapsft.train.phases import phases
 
@@ -33,9 +34,16 @@ RUN = {  # every command that is run, in this order, and what is put behind it t
     "megapsft export runs/psft-tiny-qwen3-gsm8k --out exports/tiny": "",
     f"{PSFT} train.steps=40 parallel.tensor_model_parallel_size=2": SMALL + "2",
     f"torchrun --nproc-per-node 2 {SFT}": "train.batch_size=8 train.minibatch_size=8 train.steps=1",
+    "megapsft make-data --kind preferences --from gsm8k-train.jsonl --out preferences.jsonl": "",
+    "megapsft train configs/dpo/tiny-qwen3-preferences.yaml data.path=preferences.jsonl": "train.batch_size=4 "
+    "train.minibatch_size=4 train.steps=2",
+    "megapsft make-data --kind rollouts --from gsm8k-train.jsonl --out rollouts.jsonl": "",
+    "megapsft train configs/grpo/tiny-qwen3-rollouts.yaml data.path=rollouts.jsonl": "train.batch_size=4 train.steps=1",
+    PSFT.replace("train", "probe", 1): "train.batch_size=8 train.minibatch_size=4",
     "python -m tests.oracles tests/oracles/vectors.json": "",
     "python -m tests.invariants": "--kind dense --split 'microbatches of 2'",
     "python benchmarks/train_step.py": "--help",
+    "python benchmarks/head.py": "--help",
 }
 ELSEWHERE = {
     "make quickstart": "tests/e2e/test_quickstart.py runs what it runs",
@@ -100,10 +108,23 @@ def test_examples_of_configs_load(tmp_path):
         assert phases(load_config(tmp_path / "example.yaml"))
 
 
+@pytest.fixture(scope="module")
+def rows(tiny_data, tmp_path_factory):
+    """A file for each data.kind."""
+    folder = tmp_path_factory.mktemp("rows")
+    write_jsonl(folder / "preferences.jsonl", preferences(read_problems(tiny_data), 0))
+    write_jsonl(folder / "rollouts.jsonl", rollouts(read_problems(tiny_data), 0, each=2))
+    kinds = {kind: folder / f"{kind}.jsonl" for kind in ("preferences", "rollouts")}
+    return kinds | {"demonstrations": tiny_data}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
-def test_shipped_configs_are_ready_to_run(path, tiny_data, tiny_models, tmp_path, capsys):
+def test_shipped_configs_are_ready_to_run(path, rows, tiny_models, tmp_path, capsys):
     family = "qwen3_moe" if "moe" in path.stem or path.stem == "quickstart" else "qwen3"
-    here = [f"model.path={tiny_models(family)}", f"data.path={tiny_data}", f"run.dir={tmp_path / 'run'}"]
+    config = load_config(path)
+    here = [f"model.path={tiny_models(family)}", f"data.path={rows[config.data.kind]}", f"run.dir={tmp_path / 'run'}"]
+    if path.stem == "tiny-rollouts":  # a parent of others, which say the objective
+        here.append("objective.name=grpo")
     assert cli.main(["train", str(path), "--dry-run", *here]) == 0
     assert "learning rate" in capsys.readouterr().out  # the last row of the plan
     assert not (tmp_path / "run").exists()
@@ -118,10 +139,11 @@ def test_keys_that_scripts_may_rely_on_are_there():
     assert {"tensor_model_parallel_size", "expert_model_parallel_size"} <= names
 
 
-def test_the_page_of_all_keys_is_the_one_that_would_be_generated():
-    code = "import runpy; print(runpy.run_path('docs/generate.py')['page'](), end='')"
+@pytest.mark.parametrize(("function", "page"), [("page", "configuration.md"), ("metrics_page", "metrics.md")])
+def test_generated_pages_are_what_would_be_generated(function, page):
+    code = f"import runpy; print(runpy.run_path('docs/generate.py')['{function}'](), end='')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == (ROOT / "docs/configuration.md").read_text(), "run make docs"
+    assert done.stdout == (ROOT / "docs" / page).read_text(), "run make docs"
 
 
 def test_the_worked_objective_of_contributing(tmp_path):

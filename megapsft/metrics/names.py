@@ -42,8 +42,8 @@ METRICS: dict[str, str] = {
     "tis/weight_mean": "mean weight",
     "tis/weight_max": "largest weight",
     "tis/clip_fraction": "mean of 1[the weight was cut to tis_cap]",
-    "tis/mismatch_kl": "mean of -d (the k1 estimate; may be negative)",
-    "tis/mismatch_k3": "mean of exp(d) - d - 1 (the k3 estimate)",
+    "tis/mismatch_kl": "mean of rollout_logprobs - old_logprobs (the k1 estimate of the mismatch; may be negative)",
+    "tis/mismatch_k3": "mean of exp(d) - d - 1 with d = old_logprobs - rollout_logprobs (the k3 estimate)",
     # of preferences, means over pairs; a reward is beta * (logprobs - ref_logprobs), summed over the response
     "rewards/chosen": "reward of the chosen side",
     "rewards/rejected": "reward of the rejected side",

@@ -45,8 +45,8 @@ def verdict(probe: Probe) -> str:
         if others:
             text += "; " + _worst(probe, max(others, key=lambda row: (probe.floor(row).clipped, probe.floor(row).mean)))
         return text + "."
-    text = f"Noise alone clips {_percent(floor.clipped)} of {count:,} {probe.unit} (99 % of ratios are within "
-    text += f"{_number(floor.quantiles[0.99])} of 1); "
+    text = f"Noise alone clips {_percent(floor.clipped)} of {count:,} {probe.unit} (ratios are up to {_number(floor.largest)} "
+    text += f"from 1, 99 % of them within {_number(floor.quantiles[0.99])}); "
     cause = probe.cause()
     if cause is not None:
         return text + f"the cause is {cause.cause}; remedy: {cause.remedy}."
@@ -57,6 +57,8 @@ def verdict(probe: Probe) -> str:
 
 def _worst(probe: Probe, row: Row) -> str:
     floor = probe.floor(row)
+    if floor.differ == 0:
+        return "so they would be with every other old pass of the table"
     text = f"with the old pass {row.title} 99 % of ratios would be within {_number(floor.quantiles[0.99])} of 1 and noise alone "
     text += f"would clip {_percent(floor.clipped)}"
     for other in probe.rows:
@@ -71,7 +73,7 @@ def probe_table(probe: Probe) -> Table:
     experts = any(row.replayed is not None for row in probe.rows)
     count = len(probe.rows[0].log_ratios)
     title = f"|ratio - 1| without any update, {count:,} {probe.unit}; clip range {clip_range(probe)}"
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0), caption_justify="left")
+    table = Table(title=title, box=box.SIMPLE, padding=0, caption_justify="left")
     table.add_column("old pass", no_wrap=True)
     headings = ["≠ 1", "mean", *(f"{100 * q:g}%" for q in QUANTILES), "max", "clip"]
     for heading in headings + (["flips"] if experts else []):

@@ -37,11 +37,13 @@ from megapsft.objectives.registry import build_objective
 from megapsft.policy.build import Policy, build_chunks, half, transformer_config
 from megapsft.policy.constants import with_old_policy
 from megapsft.policy.forward import forward_backward, read
+from megapsft.policy.merge import merge
 from megapsft.policy.per_sample import gather_samples
 from megapsft.train.phases import has_old_policy
 from megapsft.train.plan import RunPlan
+from megapsft.train.prepare import with_advantages
 from megapsft.train.run import build_policy, policy_of
-from megapsft.types import Group, Microbatch, TrainBatch
+from megapsft.types import Group, Microbatch, Minibatch, TrainBatch
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 REPLAY, MERGED, PACKING = "model.moe_routing_replay", "train.no_grad_microbatches", "data.packing"
@@ -126,7 +128,7 @@ class Probe:
 
 
 def first_groups(plan: RunPlan, samples: int | None) -> list[Group]:
-    """The first groups of the run: `samples` of them, or those of its first update.
+    """The first groups of the run that its objective trains: `samples` of them, or those of its first update.
 
     Raises:
         Refused: fewer than 1 or more than there are, or no token of them is trained.
@@ -134,8 +136,11 @@ def first_groups(plan: RunPlan, samples: int | None) -> list[Group]:
     there = len(plan.data.groups)
     if samples is not None and not 1 <= samples <= there:
         raise Refused(f"--samples {samples}", f"must be 1 to {there}, the rows of {plan.config.data.path}", "leave it out")
-    count = plan.minibatch_size if samples is None else samples
-    groups = list(itertools.islice((g for step in itertools.count() for g in plan.source.next_groups(step)), count))
+    count, groups = plan.minibatch_size if samples is None else samples, []
+    for step in range(-(-there // plan.config.train.batch_size)):  # at most one epoch: the objective may keep few of them
+        if len(groups) < count:
+            groups += with_advantages(plan.source.next_groups(step), plan.phases[-1].objective)
+    groups = groups[:count]
     if not any(sample.loss_mask[1:].any() for group in groups for sample in group):
         raise Refused(f"the first {count} rows", "have no trained token: there is nothing to compare", "use more --samples")
     return groups
@@ -205,8 +210,8 @@ def _as_configured(bench: _Bench, plan: RunPlan) -> list[Row]:
     rows = bench.compare(policy, plan, free, bench.old_pass(policy, plan), kind="configured", title="as configured")
     if (again.logprobs != free.logprobs).any():
         rows.append(bench.row(again, free, kind="repeated", title="training twice"))
-    packs = max(2, plan.config.train.no_grad_microbatches)
-    if plan.config.data.packing and len(bench.batch(plan).minibatches[0].microbatches) > 1:
+    packs = _packs_as_one(bench.batch(plan).minibatches[0], plan)
+    if packs > 1:
         old = bench.old_pass(policy, changed(plan, MERGED, packs))
         rows += bench.compare(policy, plan, free, old, kind="not shared", title=f"{packs} packs as one", feature=MERGED)
     for feature in shared:
@@ -217,6 +222,14 @@ def _as_configured(bench: _Bench, plan: RunPlan) -> list[Row]:
         else:
             rows += bench.compare(policy, plan, free, elsewhere[feature.key], **about)
     return rows
+
+
+def _packs_as_one(minibatch: Minibatch, plan: RunPlan) -> int:
+    """How many packs an old pass takes as one: as configured, else as few as can be; 1 where their number allows none."""
+    configured, multiple = plan.config.train.no_grad_microbatches, plan.mesh.pp if plan.mesh.vpp > 1 else 1
+    tried = [configured] if configured > 1 else range(2, len(minibatch.microbatches) + 1)
+    sizes = (merge(minibatch, at_once, multiple)[1] for at_once in tried)
+    return next((size for size in sizes if size > 1), 1)
 
 
 def _each_removed(bench: _Bench, plan: RunPlan, rows: Sequence[Row]) -> list[Row]:

@@ -36,6 +36,11 @@ class Vocabulary:
     term: VocabularyTerm | None
     blocks: object = statistics  # the module whose `statistics` and `gradient` do the elementwise work
 
+    @property
+    def raw(self) -> dict[str, float]:
+        """What `blocks` are told beside, where they read logits as the product left them and apply the temperature themselves."""
+        return {"temperature": self.temperature} if getattr(self.blocks, "RAW_LOGITS", False) else {}
+
 
 class Slabs(torch.autograd.Function):
     """(hidden [T, D], weight [V / p, D], labels [T], ref_hidden, ref_weight) -> log-probability, entropy, term: [T] each."""
@@ -48,15 +53,16 @@ class Slabs(torch.autograd.Function):
         stats = nothing(len(hidden), term, hidden, exact)
         keep = _fits(hidden, vocabulary) and term is None and not vocabulary.entropy_gradient and any(ctx.needs_input_grad)
         kept = None
+        room, ref_room = _rooms(hidden, ref_hidden, vocabulary)
         for rows, columns in _tiles(len(hidden), vocabulary):
-            slab = _logits(hidden[rows], weight[columns])
-            ref = _logits(ref_hidden[rows], ref_weight[columns]) if ref_hidden is not None else None
+            slab = room.product(hidden[rows], weight[columns])
+            ref = ref_room.product(ref_hidden[rows], ref_weight[columns]) if ref_hidden is not None else None
             for block in _blocks(rows, slab):
                 local = slice(block.start - rows.start, block.stop - rows.start)
-                z = _exact(slab[local], exact, vocabulary.temperature, copy=keep)
-                r = _exact(ref[local], exact, vocabulary.temperature) if ref is not None else None
+                z = _exact(slab[local], exact, vocabulary, copy=keep)
+                r = _exact(ref[local], exact, vocabulary) if ref is not None else None
                 known_target = target[block] if target is not None else None
-                part = vocabulary.blocks.statistics(z, r, labels[block] - columns.start, known_target, term)
+                part = vocabulary.blocks.statistics(z, r, labels[block] - columns.start, known_target, term, **vocabulary.raw)
                 stats[:, block] = merge(torch.stack((stats[:, block], part)), term)
             kept = slab if keep else None
         if vocabulary.group is not None:
@@ -82,16 +88,18 @@ class Slabs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if len(hidden) == 0 else torch.empty_like(weight)
         grad_weight[vocabulary.columns :] = 0
         sums = torch.zeros_like(weight, dtype=exact) if _token_tiles(len(hidden), vocabulary) > 1 else None
+        room, ref_room = _rooms(hidden if kept is None else None, ref_hidden, vocabulary)
         for rows, columns in _tiles(len(hidden), vocabulary):
-            slab = kept if kept is not None else _logits(hidden[rows], weight[columns])
-            ref = _logits(ref_hidden[rows], ref_weight[columns]) if ref_hidden is not None else None
+            slab = kept if kept is not None else room.product(hidden[rows], weight[columns])
+            ref = ref_room.product(ref_hidden[rows], ref_weight[columns]) if ref_hidden is not None else None
             for block in _blocks(rows, slab):
                 local = slice(block.start - rows.start, block.stop - rows.start)
-                z = _exact(slab[local], exact, vocabulary.temperature)
-                r = _exact(ref[local], exact, vocabulary.temperature) if ref is not None else None
+                z = _exact(slab[local], exact, vocabulary)
+                r = _exact(ref[local], exact, vocabulary) if ref is not None else None
                 part = Known(*(None if k is None else k[block] for k in known.tensors()))
                 wanted = Wanted(*(None if g is None else g[block] for g in grads))
-                done = vocabulary.blocks.gradient(z, r, labels[block] - columns.start, part, wanted, vocabulary.term)
+                at = labels[block] - columns.start
+                done = vocabulary.blocks.gradient(z, r, at, part, wanted, vocabulary.term, **vocabulary.raw)
                 if done.data_ptr() != slab[local].data_ptr():
                     slab[local] = done
             _accumulate(grad_hidden[rows], slab, weight[columns])
@@ -135,14 +143,29 @@ def _blocks(rows: slice, slab: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + height, rows.stop))
 
 
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    return hidden @ weight.T
+class _Room:
+    """The memory of one slab, in which all of them lie, one after the other: fresh memory costs its first touch each time."""
+
+    def __init__(self, like: Tensor, vocabulary: Vocabulary):
+        height, width = _tile(len(like), vocabulary)
+        self.memory = like.new_empty(height * min(width, vocabulary.columns))
+
+    def product(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """[n, columns] logits, without the temperature."""
+        shape = len(hidden), len(weight)
+        return torch.mm(hidden, weight.T, out=self.memory[: shape[0] * shape[1]].view(shape))
 
 
-def _exact(logits: Tensor, dtype: torch.dtype, temperature: float, copy: bool = False) -> Tensor:
-    """In fp32 (fp64), temperature applied; in their own place where they have that dtype, unless `copy`."""
+def _rooms(hidden: Tensor | None, ref_hidden: Tensor | None, vocabulary: Vocabulary) -> tuple[_Room | None, ...]:
+    return tuple(None if like is None else _Room(like, vocabulary) for like in (hidden, ref_hidden))
+
+
+def _exact(logits: Tensor, dtype: torch.dtype, vocabulary: Vocabulary, copy: bool = False) -> Tensor:
+    """In fp32 (fp64), temperature applied; in their own place where they have that dtype, unless `copy`. Raw as they are."""
+    if vocabulary.raw:
+        return logits
     logits = logits.to(dtype, copy=copy)
-    return logits if temperature == 1 else logits.div_(temperature)
+    return logits if vocabulary.temperature == 1 else logits.div_(vocabulary.temperature)
 
 
 def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
