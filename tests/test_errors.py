@@ -22,6 +22,7 @@ from megapsft.checkpoint.hf import export_stream, read_config
 from megapsft.checkpoint.hf_folder import INDEX, SINGLE, open_checkpoint
 from megapsft.checkpoint.hf_save import save_hf
 from megapsft.config import ParallelConfig, load_config
+from megapsft.data.arithmetic import preferences, read_problems, rollouts, write_jsonl
 from megapsft.errors import Refused
 from megapsft.parallel import initialize, plan_mesh, shutdown
 from megapsft.policy.build import model_shape
@@ -75,7 +76,7 @@ CONFIG = [
     Case("no such model", "model.path=/nowhere", "model folder '/nowhere'", "is not a folder", "name a local folder"),
     Case("no such data", "data.path=no.jsonl", "data.path='no.jsonl'", "is not a file", "set data.path"),
     Case("unknown objective", "objective.name=psfd", "objective.name='psfd'", "is not known",
-         "did you mean 'psft'? known: psft, sft"),
+         "did you mean 'psft'? known: cispo, dapo, "),
     Case("unknown option", "objective.clip_hihg=1", "objective.clip_hihg", "is not an option of PSFT",
          "did you mean 'clip_high'?"),
     Case("option of another", "objective={name: sft, clip_high: 1}", "objective.clip_high", "is not an option of SFT", "known: "),
@@ -131,6 +132,26 @@ SPLIT = [
 ]  # fmt: skip
 
 
+OTHER_MODELS = [
+    Case("rows of another kind", "objective.name=grpo", "data.kind=demonstrations", "is not what grpo trains on",
+         "use data.kind=rollouts"),
+    Case("reference of none", "reference.placement=copy", "reference.placement=copy", "objective.name=psft has none",
+         "leave reference out"),
+    Case("critic of none", "critic.lr=1e-3", "critic.lr=0.001", "objective.name=psft has none", "leave critic out"),
+    Case("swapped while gathered", "objective.name=iw_sft parallel.use_distributed_optimizer=true "
+         "parallel.overlap_grad_reduce=true parallel.overlap_param_gather=true", "reference.placement=swap",
+         "may still be gathering", "use reference.placement=copy", 2),
+    Case("balance without experts", "model.moe_aux_loss_coeff=0.1", "model.moe_aux_loss_coeff=0.1", "is of experts",
+         "leave it out"),
+    Case("replay without experts", "model.moe_routing_replay=true", "model.moe_routing_replay=True", "is of experts",
+         "leave it out"),
+    Case("replay of no old policy", "objective.name=sft model.moe_routing_replay=true", "model.moe_routing_replay=true",
+         "objective.name=sft has no old policy", "choose an objective with a ratio", 1, MOE),
+    Case("kernels without a GPU", "model.logprob_backend=triton", "model.logprob_backend=triton", "needs ", "auto or torch"),
+    Case("selection of demonstrations", "data.select=rft", "data.select=rft", "chooses among rollouts", "use data.kind=rollouts"),
+]  # fmt: skip
+
+
 @pytest.fixture
 def refused(tiny_models, tiny_data, tmp_path) -> Callable[..., Refused]:
     """What `megapsft train` with these overrides is told; it has then written nothing."""
@@ -159,10 +180,56 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("case", CONFIG + SPLIT, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CONFIG + SPLIT + OTHER_MODELS, ids=lambda case: case.name)
 def test_what_cannot_be(case, refused, tiny_models):
     overrides = [case.overrides] if "{" in case.overrides else case.overrides.split()
     says(refused(*overrides, world=case.world, model=tiny_models(case.family)), case.value, case.rule, case.remedy)
+
+
+def test_a_reference_of_another_architecture(refused, tiny_models):
+    path = tiny_models("qwen3_moe")
+    error = refused("objective.name=iw_sft", f"reference.path={path}")
+    says(error, f"reference.path={path}", "is of another architecture than", "name one like it")
+
+
+PLAIN = ("data.columns.prompt=prompt", "data.columns.demonstration=demonstration")
+
+
+def test_sides_of_a_preference_that_share_no_microbatch(refused, tiny_data, tmp_path):
+    write_jsonl(tmp_path / "pairs.jsonl", preferences(read_problems(tiny_data), 0))
+    dpo = [*PLAIN, "objective.name=dpo", "data.kind=preferences", "data.packing=false"]
+    error = refused(*dpo, "data.micro_batch_size=3", data=tmp_path / "pairs.jsonl")
+    says(error, "data.micro_batch_size=3", "cannot hold the two sides of a preference", "use a multiple of 2")
+    error = refused(*dpo, "data.micro_batch_size=2", "train.sft_warmup_steps=3", data=tmp_path / "pairs.jsonl")
+    says(error, "data.kind=preferences", "is not what sft trains on (train.sft_warmup_steps=3)", "or another objective")
+
+
+def test_importance_sampling_without_what_it_compares_with(refused, tiny_data, tmp_path):
+    write_jsonl(tmp_path / "rollouts.jsonl", rollouts(read_problems(tiny_data), 0, each=2))
+    error = refused(*PLAIN, "objective.name=grpo", "objective.tis=token", "data.kind=rollouts", data=tmp_path / "rollouts.jsonl")
+    says(error, "rollouts of", "have no logprobs of the engine that sampled them", "set objective.tis=off")
+
+
+def test_what_does_nothing_is_said_before_it_starts(tiny_models, tiny_data, tmp_path):
+    write_jsonl(tmp_path / "rollouts.jsonl", rollouts(read_problems(tiny_data), 0, each=1))
+    rows, model = tmp_path / "rollouts.jsonl", tiny_models("qwen3")
+    recorded = [*PLAIN, "data.kind=rollouts"]
+
+    def notes(*overrides: str, data: Path = rows) -> str:
+        return "\n".join(plan_run(configured(model, data, tmp_path / "run", *overrides), 1).notes)
+
+    assert "psft is sft by construction" in notes("train.minibatch_size=8", data=tiny_data)
+    assert "every ratio is 1" in notes(*recorded, "objective.name=grpo", "train.minibatch_size=8")
+    assert "rewards say nothing there" in notes(*recorded, "objective.name=grpo")
+    assert "it imitates wrong rollouts too" in notes(*recorded, "objective.name=sft")
+    assert "swapped in (reference.placement=swap)" in notes("objective.name=iw_sft", data=tiny_data)
+    assert "a second model on the device" in notes("objective.name=iw_sft", "reference.placement=copy", data=tiny_data)
+
+
+def test_the_order_of_overrides_loses_none():
+    first, last = (load_config(None, o).objective for o in (["objective.name=sft", "objective.aggregation=token-sum"],
+                                                            ["objective.aggregation=token-sum", "objective.name=sft"]))  # fmt: skip
+    assert first == last == {"name": "sft", "aggregation": "token-sum"}
 
 
 def test_a_dense_ffn_that_is_not_divided(refused, tiny_models, tmp_path):

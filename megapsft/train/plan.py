@@ -25,6 +25,7 @@ from megapsft.objectives.registry import build_objective
 from megapsft.parallel import Mesh, plan_mesh
 from megapsft.platform.cpu import has_cuda
 from megapsft.policy.build import model_shape
+from megapsft.policy.vocab_parallel import resolve_backend
 from megapsft.train.phases import Phase, has_old_policy, phases, reference_needs
 from megapsft.train.sources import Source, load_dataset
 
@@ -148,6 +149,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
             f"use data.max_length={hf.max_position_embeddings} or less",
         )
     check_checkpoint(config.model.path, family, hf)
+    resolve_backend(config.model.logprob_backend)
     _check_other_models(config, all_phases, hf)
     template = ChatTemplate.load(config.model.path)
     data = load_dataset(config.data, template, hf.vocab_size)
@@ -284,7 +286,7 @@ def _with_notes(plan: RunPlan) -> RunPlan:
         )
     notes.extend(plan.data.notes)
     if plan.config.data.kind == "rollouts" and objective.objective.advantages is None and plan.config.data.select is None:
-        notes.append(f"{name} reads no rewards: it imitates wrong rollouts too. Set data.select=rft to train on right ones alone.")
+        notes.append(f"{name} reads no rewards: it imitates wrong rollouts too; data.select=rft trains on right ones alone.")
     where = plan.config.reference.placement
     if plan.needs_reference(objective):
         kept = "its weights are kept in host memory and swapped in" if where == "swap" else "a second model on the device"
