@@ -6,18 +6,20 @@ and that the training step keeps its part: loss weights and totals over ranks (t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import math
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 
 from megapsft.data.loss_weights import AGGREGATIONS
+from megapsft.errors import Refused
 from megapsft.metrics.names import METRICS
 from megapsft.objectives._per_token import Aggregation
-from megapsft.objectives.registry import build_objective, objective_names
+from megapsft.objectives.registry import build_objective, objective_class, objective_names
 from megapsft.types import Microbatch, Objective, PolicyOutput
 from tests.oracles.batches import microbatch, update_batch
 
@@ -80,14 +82,17 @@ def numbers() -> Numbers:
         return x + by * torch.randn(shape, generator=generator)
 
     old = -3 * torch.rand(shape, generator=generator)
+    old[1, 0] = -2.5
     entropy = 0.1 + 2 * torch.rand(shape, generator=generator)
     rewards = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])[:, None].expand(shape)
     values = torch.randn(shape, generator=generator)
+    logprobs, reference, rollout = (near(old, by).clamp(max=-0.01) for by in (0.6, 0.3, 0.2))
+    logprobs[1, 0] = -0.5  # of a wrong rollout, and far more probable now: what a dual clip is for
     fields = {
         "old_logprobs": old,
         "old_entropy": near(entropy, 0.05),
-        "ref_logprobs": near(old, 0.3),
-        "rollout_logprobs": near(old, 0.2),
+        "ref_logprobs": reference,
+        "rollout_logprobs": rollout,
         "entropy": entropy,
         "values": values,
         "returns": near(values, 0.5),
@@ -96,7 +101,7 @@ def numbers() -> Numbers:
         "demonstration": torch.tensor([True, False, False, False, False, True])[:, None].expand(shape),
     }
     mask = torch.arange(7) < torch.tensor([7, 4, 0, 2, 5, 3])[:, None]
-    return Numbers(mask, near(old, 0.6), entropy, torch.rand(shape, generator=generator), fields)
+    return Numbers(mask, logprobs, entropy, torch.rand(shape, generator=generator), fields)
 
 
 def batch_of(objective: Objective, numbers: Numbers) -> Microbatch:
@@ -222,3 +227,49 @@ def test_keeps_some_sample_of_a_group(objective):
 
 def test_objectives_know_the_aggregations_that_there_are():
     assert get_args(Aggregation) == AGGREGATIONS
+
+
+def outcome(objective: Objective, numbers: Numbers) -> list[Any]:
+    """All that an objective does: loss, gradients, what it makes of rewards, whom it keeps, its critic's loss."""
+    loss, gradients, _ = evaluate(objective, numbers)
+    found = [loss, *gradients, objective.advantages, objective.needs, objective.term]
+    found += [tuple(objective.keep(rewards, [True, False, False])) for rewards in ([1, 0, 0], [1, 1, 0], [1, 1, 1])]
+    if objective.critic:
+        found.append(objective.value_loss(numbers.fields["values"] + 1, batch_of(objective, numbers))[0])
+    return found
+
+
+def differ(one: Objective, other: Objective, numbers: Numbers) -> bool:
+    pairs = zip(outcome(one, numbers), outcome(other, numbers), strict=True)
+    return any(not torch.equal(a, b) if isinstance(a, torch.Tensor) else a != b for a, b in pairs)
+
+
+def others(hint: Any, value: Any) -> list[Any]:
+    """Values that an option might have instead."""
+    if get_origin(hint) is Literal:
+        return [other for other in get_args(hint) if other != value]
+    if hint is bool:
+        return [not value]
+    return [other for other in (None, 0, 1, 2, 7, 0.05, 0.5, 3.0) if other != value]
+
+
+@pytest.mark.parametrize("name", objective_names())
+def test_every_option_changes_the_result(name, numbers):
+    """With one of the variants, and one of its values beside another. An option that never does must not exist."""
+    hints = get_type_hints(objective_class(name))
+    without_effect = set()
+    for field in dataclasses.fields(objective_class(name)):
+        over_lmax = {"aggregation": "sum-over-Lmax", "max_response_length": 7} if field.name == "max_response_length" else {}
+        tried = [variant | over_lmax for variant in variants(name)]
+        if not any(changes(name, variant, field.name, hints[field.name], numbers) for variant in tried):
+            without_effect.add(field.name)
+    assert not without_effect
+
+
+def changes(name: str, variant: dict[str, Any], option: str, hint: Any, numbers: Numbers) -> bool:
+    one = build_objective({"name": name} | variant)
+    for value in others(hint, getattr(one, option)):
+        with contextlib.suppress(Refused):  # not a value for it, or not with these others
+            if differ(one, build_objective({"name": name} | variant | {option: value}), numbers):
+                return True
+    return False
