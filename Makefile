@@ -42,6 +42,12 @@ invariants: venv
 oracles: venv
 	$(PY) -m tests.oracles $(FILE)
 
+## bench-head  memory and time of the head beside plain logits and TRL's, which is installed for it
+.PHONY: bench-head
+bench-head: venv
+	$(PY) -m pip install --quiet -c requirements/laptop.txt trl==1.16.0
+	$(PY) benchmarks/head.py
+
 ## docs        write docs/configuration.md and docs/metrics.md again, from the source
 .PHONY: docs
 docs: venv

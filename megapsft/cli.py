@@ -13,6 +13,7 @@ import tyro
 from megapsft.errors import Refused
 
 if TYPE_CHECKING:
+    from megapsft.config import ParallelConfig
     from megapsft.train.plan import RunPlan
 
 
@@ -36,17 +37,12 @@ def train(
         nproc_per_node: processes to start here; default: the GPUs of this machine, or the fewest that the split needs.
     """
     from megapsft.config import load_config
-    from megapsft.parallel import smallest_world
-    from megapsft.platform.launch import become_world_of_one, die_with_launcher, joined_world, torchrun
+    from megapsft.platform.launch import become_world_of_one, torchrun
     from megapsft.report.plan import show_plan
     from megapsft.train.plan import plan_run
 
-    if nproc_per_node is not None and nproc_per_node < 1:
-        raise Refused(f"--nproc-per-node {nproc_per_node}", "must be 1 or more", "leave it out for as many as the split needs")
     resolved = load_config(config, OVERRIDES)
-    die_with_launcher()
-    joined = joined_world()
-    world = joined or nproc_per_node or max(smallest_world(resolved.parallel), _gpus())
+    world, joined = _world(resolved.parallel, nproc_per_node)
     plan = plan_run(resolved, world)  # refuses at the door, before any process starts
     if _is_first() and (dry_run or not joined):
         show_plan(plan, whole=dry_run)
@@ -105,22 +101,17 @@ def probe(
         nproc_per_node: processes to start here; default: the GPUs of this machine, or the fewest that the split needs.
     """
     from megapsft.config import RunConfig, load_config
-    from megapsft.parallel import smallest_world
-    from megapsft.platform.launch import become_world_of_one, die_with_launcher, joined_world, torchrun
+    from megapsft.platform.launch import become_world_of_one, torchrun
     from megapsft.report.probe import need_matplotlib
     from megapsft.train.plan import plan_run
     from megapsft.train.probe import first_groups
 
-    if nproc_per_node is not None and nproc_per_node < 1:
-        raise Refused(f"--nproc-per-node {nproc_per_node}", "must be 1 or more", "leave it out for as many as the split needs")
     if plot is not None:
         need_matplotlib()
     resolved = load_config(config, OVERRIDES)
     if resolved.run.dir:  # one that is never made: what stands in run.dir is another run than that of a probe
         resolved = replace(resolved, run=RunConfig(dir=str(Path(resolved.run.dir) / "probe")))
-    die_with_launcher()
-    joined = joined_world()
-    world = joined or nproc_per_node or max(smallest_world(resolved.parallel), _gpus())
+    world, joined = _world(resolved.parallel, nproc_per_node)
     plan = plan_run(resolved, world)
     first_groups(plan, samples)  # refuses at the door too
     if world > 1 and not joined:
@@ -314,6 +305,18 @@ def _is_override(argument: str) -> bool:
     """`key=value`, and neither an option nor a path with an = in it."""
     key, equals, _ = argument.partition("=")
     return bool(equals) and not key.startswith("-") and "/" not in key
+
+
+def _world(parallel: ParallelConfig, nproc_per_node: int | None) -> tuple[int, bool]:
+    """How many processes there are or are to be, and whether this is one of them already."""
+    from megapsft.parallel import smallest_world
+    from megapsft.platform.launch import die_with_launcher, joined_world
+
+    if nproc_per_node is not None and nproc_per_node < 1:
+        raise Refused(f"--nproc-per-node {nproc_per_node}", "must be 1 or more", "leave it out for as many as the split needs")
+    die_with_launcher()
+    joined = joined_world()
+    return joined or nproc_per_node or max(smallest_world(parallel), _gpus()), bool(joined)
 
 
 def _gpus() -> int:

@@ -27,7 +27,7 @@ from tests.ranks import run_ranks
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 ROUNDING = {"fp32": 1e-5, "bf16": 2**-8, "fp16": 2**-11}  # of a gradient: the interpreter cuts bf16 off, a GPU rounds it
-SHARDS = (2051, 1, 2048, 45)  # beside a block of 2048 columns: one more block of 3, a word, none, a small one
+SHARDS = (2501, 1, 2048, 45)  # of blocks of 2048 columns: one and a part, one word, one exactly, a small part
 
 
 def blocks(term, dtype, widths=SHARDS, temperature=0.7, wanted=(0, 1, 2), offset=0.0, turned=False):
@@ -39,7 +39,8 @@ def blocks(term, dtype, widths=SHARDS, temperature=0.7, wanted=(0, 1, 2), offset
     borders = [edge for start, width in zip(starts, widths, strict=True) for edge in (start, start + width - 1)]
     tokens = len(borders) + 3
     generator = torch.Generator().manual_seed(vocab)
-    raw, ref = (torch.randn(tokens, vocab, generator=generator).mul(4).add(offset).to(dtype) for _ in range(2))
+    rising = torch.linspace(offset, offset + 12, vocab)  # the maximum moves from block to block
+    raw, ref = ((torch.randn(tokens, vocab, generator=generator) * 3 + rising * slope).to(dtype) for slope in (1, 0.5))
     labels = torch.cat([torch.tensor(borders), torch.randint(vocab, (3,), generator=generator)])
     is_kl = term is not None and term.kind != "gem"
     target = raw.gather(1, labels[:, None])[:, 0].to(torch.float32) / temperature
