@@ -79,8 +79,8 @@ class DataConfig:
 class TrainConfig:
     __pydantic_config__ = STRICT
     steps: PositiveInt = 100  # batches of the source, after the warm-up; a step has batch_size / minibatch_size updates
-    batch_size: PositiveInt = 256  # samples a step; the old policy is refreshed once a step
-    minibatch_size: PositiveInt | None = None  # samples an update; default: batch_size
+    batch_size: PositiveInt = 256  # rows a step: demonstrations, pairs or prompts; the old policy is refreshed once a step
+    minibatch_size: PositiveInt | None = None  # rows an update; default: batch_size
     sft_warmup_steps: NonNegativeInt = 0  # steps of plain SFT before the objective, with their own optimizer state
     sft_warmup_lr: NonNegativeFloat = 2e-5  # constant
     temperature: PositiveFloat = 1.0  # divides the logits in every pass; for rollouts, the temperature they were sampled at

@@ -34,9 +34,9 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
     experts = f", {hf.num_experts} experts (top {hf.num_experts_per_tok})" if hf.num_experts else ""
     tokens = data.prompt_tokens + data.response_tokens
     positions = sum(len(micro.rows) * micro.length for share in update for micro in share)
-    groups = plan.source.next_groups(0)[: plan.minibatch_size]
-    filled = sum(len(sample) for group in groups for sample in group) / positions
+    filled = sum(len(sample) for group in plan.first_groups() for sample in group) / positions
     samples = sum(len(group) for group in data.groups)
+    unit = {"demonstrations": "samples", "preferences": "pairs", "rollouts": "prompts with their rollouts"}[config.data.kind]
     longest = max(micro.length for share in update for micro in share)
     rates = ", ".join(
         f"{phase.name} {learning_rate(phase.optimizer, 0, phase.steps):.3g} to "
@@ -54,7 +54,7 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
         ("data", f"{len(data.groups):,} of {data.rows:,} rows ({data.dropped} dropped, {data.truncated} truncated)"),
         ("", f"{tokens:,} tokens, {data.response_tokens:,} of them trained; mean length {tokens / samples:.1f}"),
         ("steps", f"{steps}; {plan.updates_per_step} update(s) a step; {resumed}"),
-        ("", f"{config.train.batch_size} samples a step, {plan.minibatch_size} an update, "
+        ("", f"{config.train.batch_size} {unit} a step, {plan.minibatch_size} an update, "
              f"{plan.steps * config.train.batch_size / len(data.groups):.2f} epochs"),
         ("an update", f"{len(update[0])} microbatches on each of {mesh.dp} data-parallel rank(s), up to {longest} positions, "
                       f"{filled:.1%} of {positions:,} positions filled"),

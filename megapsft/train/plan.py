@@ -27,7 +27,9 @@ from megapsft.platform.cpu import has_cuda
 from megapsft.policy.build import model_shape
 from megapsft.policy.vocab_parallel import resolve_backend
 from megapsft.train.phases import Phase, has_old_policy, phases, reference_needs
+from megapsft.train.prepare import with_advantages
 from megapsft.train.sources import Source, load_dataset
+from megapsft.types import Group
 
 # what a continued run may change: how it is computed, kept and shown, never what is computed
 MAY_CHANGE = (
@@ -107,9 +109,13 @@ class RunPlan:
             equal_lengths=mesh.pp > 1 or gathers,
         )
 
+    def first_groups(self) -> list[Group]:
+        """What the first update trains."""
+        return with_advantages(self.source.next_groups(0), self.phases[0].objective)[: self.minibatch_size]
+
     def first_update(self) -> list[list[Plan]]:
         """The microbatches of the first update, by data-parallel rank."""
-        groups = self.source.next_groups(0)[: self.minibatch_size]
+        groups = self.first_groups()
         together = 2 if self.config.data.kind == "preferences" else 1
         return plan_update([len(sample) for group in groups for sample in group], self.layout(), together)
 
