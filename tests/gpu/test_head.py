@@ -131,7 +131,7 @@ def test_kernels_on_the_same_logits(term, dtype, columns):
     found = kernels.gradient(z, ref, labels, in_fp32, Wanted(*wanted), term, temperature)
     assert found.data_ptr() == z.data_ptr()
     assert int((~z._base.isnan()).sum()) == z.numel()
-    rounding = {torch.float32: 2e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    rounding = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
     assert float((found.double() - expected).norm() / expected.norm().clamp(min=1e-3)) < rounding
 
 

@@ -26,7 +26,7 @@ from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-ROUNDING = {"fp32": 1e-5, "bf16": 2**-8, "fp16": 2**-11}  # of a gradient: the interpreter cuts bf16 off, a GPU rounds it
+ROUNDING = {"fp32": 1e-5, "bf16": 2**-7, "fp16": 2**-10}  # one unit in the last place: the interpreter cuts bf16 off
 SHARDS = (2501, 1, 2048, 45)  # of blocks of 2048 columns: one and a part, one word, one exactly, a small part
 
 

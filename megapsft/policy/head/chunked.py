@@ -118,10 +118,11 @@ def _fits(hidden: Tensor, vocabulary: Vocabulary) -> bool:
 
 
 def _tile(tokens: int, vocabulary: Vocabulary) -> tuple[int, int]:
-    """Tokens and columns of a slab: all tokens where they leave it 64 columns or more."""
+    """Tokens and columns of a slab: all tokens where they leave it 64 columns or more; columns by 64, which products like."""
     elements = max(1, vocabulary.chunk_bytes // 4)
     height = max(1, min(tokens, MOST_TOKENS, elements // min(64, max(1, vocabulary.columns))))
-    return height, max(1, elements // height)
+    width = elements // height
+    return height, max(1, width // 64 * 64 or width)
 
 
 def _token_tiles(tokens: int, vocabulary: Vocabulary) -> int:
