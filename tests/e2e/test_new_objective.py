@@ -47,8 +47,8 @@ def train(name, tmp_path, model, data):
     (tmp_path / "c.yaml").write_text("")
     options = [
         f"objective.name={name}", "objective.gamma=1.0", f"model.path={model}", f"data.path={data}",
-        "data.columns.prompt=question", "data.columns.demonstration=answer", "model.dtype=float32", "train.batch_size=16", "train.steps=8", "optimizer.lr=3e-3",
-        f"run.dir={tmp_path / 'run'}", "log.progress=false", "log.tensorboard=false",
+        "data.columns.prompt=question", "data.columns.demonstration=answer", "model.dtype=float32", "train.batch_size=16",
+        "train.steps=8", "optimizer.lr=3e-3", f"run.dir={tmp_path / 'run'}", "log.progress=false", "log.tensorboard=false",
     ]  # fmt: skip
     assert run_ranks(1, cli.main, ["train", str(tmp_path / "c.yaml"), *options]) == [0]
     return [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
