@@ -210,6 +210,15 @@ def test_importance_sampling_without_what_it_compares_with(refused, tiny_data, t
     says(error, "rollouts of", "have no logprobs of the engine that sampled them", "set objective.tis=off")
 
 
+def test_rows_without_anything_to_train(refused, tiny_data, tmp_path):
+    rows = [row | {"rollouts": row["rollouts"]} for row in rollouts(read_problems(tiny_data), 0, each=1)]
+    for row in rows:
+        row["rollouts"][0]["response"] = "so " * 600  # longer than data.max_length: what is left is the demonstration
+    write_jsonl(tmp_path / "rollouts.jsonl", rows)
+    error = refused(*PLAIN, "objective.name=grpo", "data.kind=rollouts", data=tmp_path / "rollouts.jsonl")
+    says(error, "64 rows of", "hold nothing that grpo trains", "use other rows")
+
+
 def test_what_does_nothing_is_said_before_it_starts(tiny_models, tiny_data, tmp_path):
     write_jsonl(tmp_path / "rollouts.jsonl", rollouts(read_problems(tiny_data), 0, each=1))
     rows, model = tmp_path / "rollouts.jsonl", tiny_models("qwen3")

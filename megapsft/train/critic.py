@@ -35,6 +35,8 @@ class Critic:
 
         The reward of a sample falls on its last trained token; advantages are whitened over the whole step.
         """
+        if not batch.minibatches:
+            return batch
         values = [[o[..., 0] for o in evaluate(self.policy, without_routing(m), None)] for m in batch.minibatches]
         has_head = self.policy.head() is not None
         device = self.policy.device

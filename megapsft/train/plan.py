@@ -219,6 +219,9 @@ def _check_data(config: Config, all_phases: Sequence[Phase], data: Dataset) -> N
                 rule += f" (train.sft_warmup_steps={config.train.sft_warmup_steps})"
             known = ", ".join(sorted(phase.objective.trains_on))
             raise Refused(f"data.kind={kind}", rule, f"use data.kind={known}, or another objective")
+        if not with_advantages(data.groups, phase.objective):
+            rule = f"hold nothing that {phase.objective_name} trains, such as rollouts beside their demonstration"
+            raise Refused(f"{len(data.groups)} rows of {config.data.path}", rule, "use other rows, or another objective")
         if "rollout_logprobs" in phase.objective.needs and first.rollout_logprobs is None:
             rule = f"have no logprobs of the engine that sampled them, which objective.tis={config.objective.get('tis')} needs"
             remedy = "record them, or set objective.tis=off; they are never made up"

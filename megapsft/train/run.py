@@ -145,6 +145,10 @@ class Run:
         """Write the step's own record: token means of its updates, and the entropy of the policy at its start."""
         reports, self.reports = self.reports, []
         self.done.step = step + 1
+        if not reports:
+            kind = self.plan.config.data.kind
+            self.say(f"step {step + 1}: {phase.objective_name} trains none of its {kind}; nothing was updated.")
+            return
         tokens = sum(r["data/trained_tokens"] for r in reports)
         record: dict[str, float] = {}
         for key in reports[0]:
