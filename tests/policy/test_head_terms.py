@@ -156,6 +156,18 @@ def test_shards_agree_with_the_whole(term, backend, ranks, vocab, rows):
         check(results[0][0], (sum(hidden for _, hidden, _ in results), whole[:vocab]), outputs, grads, tolerance)
 
 
+@pytest.mark.parametrize("term", TERMS.values(), ids=TERMS)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_shards_of_a_vocabulary_of_qwen(term, ranks):
+    """151,936 rows padded to 152,064, whose shards are no multiple of 1024."""
+    vocab, rows = 151_936, 152_064
+    outputs, grads = exact(edges(vocab, rows // ranks, torch.float32), term, 0.8)
+    results = run_ranks(ranks, _shard, term, "torch", vocab, rows, torch.float32, 4 * 16 * 10_007)
+    whole = torch.cat([weight for _, _, weight in results])
+    assert whole[vocab:].abs().sum() == 0
+    check(results[0][0], (sum(hidden for _, hidden, _ in results), whole[:vocab]), outputs, grads, 1e-6)
+
+
 def edges(vocab: int, width: int, dtype: torch.dtype):
     hidden, weight, ref_hidden, ref_weight, labels = inputs(16, vocab, dtype)
     borders = [edge for start in range(0, vocab, width) for edge in (start, min(start + width, vocab) - 1)]
@@ -163,7 +175,7 @@ def edges(vocab: int, width: int, dtype: torch.dtype):
     return hidden, weight, ref_hidden, ref_weight, labels
 
 
-def _shard(term, backend, vocab, rows, dtype):
+def _shard(term, backend, vocab, rows, dtype, chunk_bytes=4 * 50 * 8):
     dist.init_process_group("gloo")
     ranks, rank = dist.get_world_size(), dist.get_rank()
     hidden, weight, ref_hidden, ref_weight, labels = edges(vocab, rows // ranks, dtype)
@@ -171,7 +183,7 @@ def _shard(term, backend, vocab, rows, dtype):
     weight, ref_weight = (torch.cat([w, padding]).chunk(ranks)[rank].clone() for w in (weight, ref_weight))
     hidden.requires_grad_(), weight.requires_grad_()
     outputs = head(
-        hidden, weight, ref_hidden, ref_weight, labels, term, 0.8, 4 * 50 * 8, dist.group.WORLD, vocab, backend=backend
+        hidden, weight, ref_hidden, ref_weight, labels, term, 0.8, chunk_bytes, dist.group.WORLD, vocab, backend=backend
     )
     loss_of(outputs).backward()
     result = [x.detach() for x in outputs], hidden.grad, weight.grad

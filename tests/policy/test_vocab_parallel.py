@@ -105,7 +105,7 @@ def test_what_one_chunk_keeps_gives_the_gradients_of_recomputing():
     expected_hidden, expected_weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     logprobs, _ = textbook(expected_hidden, expected_weight, labels)
     loss_of(logprobs, torch.zeros_like(logprobs)).backward()
-    for chunk_bytes in (10**9, 4 * 101 * 7):
+    for chunk_bytes in (10**9, 4 * 101 * T, 4 * 101 * 7):  # the second holds all of it, to the byte
         ours_hidden, ours_weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         logprobs, entropy = head(ours_hidden, ours_weight, labels, chunk_bytes, entropy_gradient=False)
         loss_of(logprobs, entropy).backward()

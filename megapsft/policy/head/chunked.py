@@ -114,7 +114,7 @@ class Slabs(torch.autograd.Function):
 
 def _fits(hidden: Tensor, vocabulary: Vocabulary) -> bool:
     """Whether one slab holds all logits: then they can stay, and the backward pass need not make them again."""
-    return 0 < len(hidden) * vocabulary.columns * 4 <= vocabulary.chunk_bytes and len(hidden) <= MOST_TOKENS
+    return 0 < vocabulary.columns and _tile(len(hidden), vocabulary) == (len(hidden), vocabulary.columns)
 
 
 def _tile(tokens: int, vocabulary: Vocabulary) -> tuple[int, int]:
@@ -122,6 +122,8 @@ def _tile(tokens: int, vocabulary: Vocabulary) -> tuple[int, int]:
     elements = max(1, vocabulary.chunk_bytes // 4)
     height = max(1, min(tokens, MOST_TOKENS, elements // min(64, max(1, vocabulary.columns))))
     width = elements // height
+    if width >= vocabulary.columns:
+        return height, max(1, vocabulary.columns)
     return height, max(1, width // 64 * 64 or width)
 
 
@@ -149,7 +151,7 @@ class _Room:
 
     def __init__(self, like: Tensor, vocabulary: Vocabulary):
         height, width = _tile(len(like), vocabulary)
-        self.memory = like.new_empty(height * min(width, vocabulary.columns))
+        self.memory = like.new_empty(height * width)
 
     def product(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """[n, columns] logits, without the temperature."""
