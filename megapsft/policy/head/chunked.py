@@ -114,7 +114,7 @@ class Slabs(torch.autograd.Function):
 
 def _fits(hidden: Tensor, vocabulary: Vocabulary) -> bool:
     """Whether one slab holds all logits: then they can stay, and the backward pass need not make them again."""
-    return 0 < vocabulary.columns and _tile(len(hidden), vocabulary) == (len(hidden), vocabulary.columns)
+    return vocabulary.columns > 0 and _tile(len(hidden), vocabulary) == (len(hidden), vocabulary.columns)
 
 
 def _tile(tokens: int, vocabulary: Vocabulary) -> tuple[int, int]:
