@@ -69,15 +69,6 @@ def shaped(probability: Tensor, gamma: float | None) -> Tensor:
     return probability if gamma is None else probability / (probability + gamma)
 
 
-def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
-    """(max(-A r, -A clip(r, 1 - clip, 1 + clip)), where that is strictly larger than -A r); without a clip -A r."""
-    loss = -advantages * ratio
-    if clip is None:
-        return loss, torch.zeros_like(loss, dtype=torch.bool)
-    held = -advantages * ratio.clamp(1 - clip, 1 + clip)
-    return torch.maximum(loss, held), held > loss
-
-
 def mean_over(values: Tensor, where: Tensor) -> Metric:
     """The mean of `values` over the tokens of `where`."""
     return Metric(values.detach(), "mean", where.to(values.dtype))

@@ -14,13 +14,13 @@ from megapsft.objectives._mixture import (
     Mixture,
     advantages_of,
     as_mean,
-    clipped_surrogate,
     mean_over,
     part_of_loss,
     split,
 )
 from megapsft.objectives._per_token import Aggregation
 from megapsft.objectives._ratio import clamped_log_ratio, ratio_metrics
+from megapsft.objectives._surrogate import pessimistic
 from megapsft.types import AdvantageOptions, Metric, Microbatch, Over, PolicyOutput
 
 CORRECT = 1.0  # the reward of a correct rollout, at least
@@ -92,7 +92,7 @@ class HPT(Mixture):
         demonstrations, rollouts = split(batch)
         logprobs = torch.where(batch.loss_mask, output.logprobs, 0)
         log_ratio = clamped_log_ratio(logprobs, batch.old_logprobs, rollouts)
-        surrogate, clipped = clipped_surrogate(log_ratio.exp(), advantages_of(batch, logprobs.dtype), self.clip)
+        surrogate, clipped = pessimistic(log_ratio.exp(), advantages_of(batch, logprobs.dtype), self.clip, self.clip)
         rl, clipped = torch.where(rollouts, surrogate, 0), clipped & rollouts
         sft = as_mean(-self.sft_coef * logprobs, demonstrations, batch.totals["demonstration"], batch)
         return self.with_bonus(sft + rl, output.entropy, batch.loss_mask), {

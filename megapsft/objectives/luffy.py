@@ -13,13 +13,13 @@ from megapsft.errors import Refused
 from megapsft.objectives._mixture import (
     Mixture,
     advantages_of,
-    clipped_surrogate,
     mean_over,
     shaped,
     split,
 )
 from megapsft.objectives._per_token import Aggregation
 from megapsft.objectives._ratio import clamped_log_ratio, ratio_metrics
+from megapsft.objectives._surrogate import pessimistic
 from megapsft.types import AdvantageOptions, Metric, Microbatch, Over, PolicyOutput
 
 
@@ -81,7 +81,7 @@ class LUFFY(Mixture):
         logprobs = torch.where(batch.loss_mask, output.logprobs, 0)
         advantages = advantages_of(batch, logprobs.dtype)
         log_ratio = clamped_log_ratio(logprobs, batch.old_logprobs, rollouts)
-        on_policy, clipped = clipped_surrogate(log_ratio.exp(), advantages, self.on_policy_clip)
+        on_policy, clipped = pessimistic(log_ratio.exp(), advantages, self.on_policy_clip, self.on_policy_clip)
         off_ratio = shaped(logprobs.exp(), self.gamma)
         loss = torch.where(demonstrations, -advantages * off_ratio, on_policy)
         clipped = clipped & rollouts
