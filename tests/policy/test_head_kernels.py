@@ -149,7 +149,7 @@ def no_logits(tokens, columns):
     none, three = torch.empty(tokens, columns), torch.ones(tokens, 3)
     labels, known = torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens)
     parts = torch.stack([kernels.statistics(z, None, labels - 3 * i, None, None) for i, z in enumerate((three, none))])
-    done = kernels.gradient(none, None, labels, Known(known, known, known), Wanted(known, known, None), None)
+    done = kernels.gradient(none, None, labels, Known(known, known, known, known), Wanted(known, known, None), None)
     return {
         "merged": [int((plain.merge(parts, None) != parts[0]).sum()), 0],
         "gradient": [abs(done.numel()), 0],
@@ -174,6 +174,19 @@ def far_apart(turned):
         return {"statistics": [_largest(stats, expected), 3e-6], "gradient": [_largest(slab, values), ROUNDING["bf16"]]}
 
 
+def kept_and_read_twice(dtype):
+    """The gradient lies where the kept logits were: a second backward pass is to be an error, not a gradient of gradients."""
+    *operands, labels = inputs(9, 101, DTYPES[dtype])
+    operands[0].requires_grad_()
+    logprobs, _ = head(*operands, labels, None, chunk_bytes=10**9, entropy_gradient=False, backend="triton")
+    logprobs.sum().backward(retain_graph=True)
+    try:
+        logprobs.sum().backward()
+    except RuntimeError as error:
+        return {"refused": [0 if "modified by an inplace operation" in str(error) else 1, 0]}
+    return {"refused": [1, 0]}
+
+
 CASES = {f"shards {term} {dtype}": (blocks, term, dtype) for term in TERMS for dtype in ("fp32", "bf16")}
 CASES |= {
     "shards fp16": (blocks, "none", "fp16"),
@@ -185,6 +198,7 @@ CASES |= {
     "all far below zero": (blocks, "none", "fp32", (2049, 7), 1.0, (0, 1), -90.0),
     "all far above zero": (blocks, "none", "fp32", (2049, 7), 1.0, (0, 1), 90.0),
 }
+CASES |= {f"all at five thousand {term}": (blocks, term, "fp32", (2049, 7), 1.0, (0, 1, 2), 5000.0) for term in TERMS}
 CASES |= {f"only the term {term}": (blocks, term, "fp32", (61, 40), 1.3, (2,)) for term in TERMS if term != "none"}
 CASES |= {f"columns apart {term}": (blocks, term, "fp32", (45, 50), 0.7, (0, 1, 2), 0.0, True) for term in TERMS}
 CASES |= {"rows far apart": (far_apart, False), "columns far apart": (far_apart, True)}
@@ -192,6 +206,7 @@ for term in TERMS:
     CASES |= {f"head {term} {dtype}": (whole_head, term, dtype, 101, 4 * 9 * 64) for dtype in ("fp64", "fp32", "bf16")}
     CASES[f"head {term} padded, in one slab"] = (whole_head, term, "fp32", 128, 10**9, True, 101)
 CASES |= {f"head that keeps its slab {dtype}": (whole_head, "none", dtype, 101, 10**9, False) for dtype in ("fp32", "bf16")}
+CASES |= {f"head that kept its slab, again {dtype}": (kept_and_read_twice, dtype) for dtype in ("fp64", "fp32", "bf16")}
 CASES["head by blocks and slabs"] = (whole_head, "forward_kl", "fp32", 5003, 4 * 9 * 2500)
 CASES |= {f"ranks {term}": (real_shards, term, 2, 101, 128) for term in ("none", "gem logsigmoid")}
 CASES["ranks of padding"] = (real_shards, "forward_kl", 4, 60, 256)
@@ -218,10 +233,11 @@ def compile_all():
 
     found = {}
     for name, term in TERMS.items():
-        types = dict.fromkeys(("stats", "lse", "mean", "target", "of_logprobs", "of_entropy"), "*fp32")
+        types = dict.fromkeys(("stats", "known_top", "known_total", "mean", "target", "of_logprobs", "of_entropy"), "*fp32")
         types |= {"labels": "*i64", "part": "*bf16"} | dict.fromkeys(("tokens", "columns", "row_stride", "ref_row_stride"), "i32")
         types |= dict.fromkeys(("scale", "sharpness"), "fp32") | ({"ref": "*bf16"} if term is not None else {})
-        types |= dict.fromkeys(("known_target", "other", "level", "of_term"), "*fp32") if term is not None else {}
+        of_a_term = ("known_target", "known_ref_top", "other_total", "level", "of_term")
+        types |= dict.fromkeys(of_a_term, "*fp32") if term is not None else {}
         constants = {"column_stride": 1, "ref_column_stride": 1, "BLOCK": kernels.BLOCK} | kernels._switches(term)
         for kernel in (kernels._statistics, kernels._gradient):
             signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}

@@ -130,6 +130,41 @@ def test_logits_of_eighty(term):
 
 
 @pytest.mark.parametrize("term", TERMS.values(), ids=TERMS)
+@pytest.mark.parametrize("scale", [1.0, 50.0, 500.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_large_logits_cost_no_more_digits_than_log_softmax_in_fp32(term, scale, temperature):
+    """Each output and its own gradient: half the labels are sure, the reference is near, slabs have the largest logit or not."""
+    logits, ref_logits, labels = of_scale(scale)
+    exactly = each(textbook, logits.double(), ref_logits.double(), labels, term, temperature)
+    plainly = each(textbook, logits, ref_logits, labels, term, temperature)
+    for chunk_bytes in (4 * len(labels) * 64, 10**9):
+        for i, values in enumerate(each(head, logits, ref_logits, labels, term, temperature, chunk_bytes)):
+            for ours, plain, exact in zip(values, plainly[i], exactly[i], strict=True):
+                assert deviation(ours, exact) < 3 * max(deviation(plain, exact), 2**-24)
+
+
+def of_scale(scale: float):
+    """Logits [64, 501] in fp32 of a deviation of `scale`, those of a reference near them, and labels."""
+    generator = torch.Generator().manual_seed(int(scale))
+    logits = torch.randn(64, 501, generator=generator) * scale
+    ref_logits = logits + torch.randn(64, 501, generator=generator) * scale / 10
+    labels = torch.randint(501, (64,), generator=generator)
+    labels[::2] = logits[::2].argmax(-1)
+    return logits, ref_logits, labels
+
+
+def each(function, logits, ref_logits, labels, *more):
+    """(value, its gradient in the logits) of each output, with an identity for a weight: the logits are exactly these."""
+    logits, identity = logits.clone().requires_grad_(), torch.eye(logits.shape[1], dtype=logits.dtype)
+    outputs = function(logits, identity, ref_logits, identity, labels, *more)
+    return [(x.detach(), *torch.autograd.grad(x.sum(), logits, retain_graph=True)) for x in outputs]
+
+
+def deviation(value, exact):
+    return float((value.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("term", TERMS.values(), ids=TERMS)
 def test_a_pass_without_gradient_has_the_bits_of_a_training_pass(term):
     for chunk_bytes in (4 * 60, 10**9):
         numbers = inputs(23, 101, torch.float32)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megapsft.errors import Refused
+from megapsft.policy.head import chunked
 from megapsft.policy.vocab_parallel import vocab_parallel_logprobs
 from tests.ranks import run_ranks
 
@@ -40,6 +45,29 @@ def head(hidden, weight, labels, chunk_bytes=10**9, valid=None, group=None, entr
     return vocab_parallel_logprobs(
         hidden, weight, labels, group, valid, chunk_bytes, entropy_gradient=entropy_gradient
     )
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of what operations under it made and is not freed yet, and the most there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        self.known.update(x.untyped_storage() for x in tree_leaves((arguments, options)) if isinstance(x, torch.Tensor))
+        result = operation(*arguments, **(options or {}))
+        for storage in (x.untyped_storage() for x in tree_leaves(result) if isinstance(x, torch.Tensor)):
+            if storage not in self.known:
+                self.known.add(storage)
+                self._count(storage.nbytes())
+                weakref.finalize(storage, self._count, -storage.nbytes())
+        return result
+
+    def _count(self, size):
+        self.now += size
+        self.most = max(self.most, self.now)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
@@ -111,6 +139,40 @@ def test_what_one_chunk_keeps_gives_the_gradients_of_recomputing():
         loss_of(logprobs, entropy).backward()
         torch.testing.assert_close(ours_hidden.grad, expected_hidden.grad, rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(ours_weight.grad, expected_weight.grad, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [37, 100])  # one tile of tokens, and three
+def test_no_number_of_tokens_makes_the_backward_pass_hold_more_than_one_gradient_of_the_weight(tokens, dtype, monkeypatch):
+    monkeypatch.setattr(chunked, "MOST_TOKENS", 40)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, 640, generator=generator).to(dtype).requires_grad_() for rows in (tokens, 3001))
+    loss = loss_of(*head(hidden, weight, torch.arange(tokens), 4 * 40 * 64))
+    with Memory() as memory:
+        loss.backward()
+    beside = memory.most - sum(x.grad.nbytes for x in (hidden, weight))
+    assert 0 < beside < weight.grad.nbytes / 4
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 4 * 8 * 16, 4 * 8 * 101])
+def test_tokens_by_tiles_have_the_gradients_of_one_tile(chunk_bytes, monkeypatch):
+    hidden, weight, labels = inputs(101)
+    grads = []
+    for most in (chunked.MOST_TOKENS, 8):  # 37 tokens are five tiles
+        monkeypatch.setattr(chunked, "MOST_TOKENS", most)
+        operands = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        grads.append(torch.autograd.grad(loss_of(*head(*operands, labels, chunk_bytes)), operands))
+    for one, tiles in zip(*grads, strict=True):
+        torch.testing.assert_close(tiles, one, rtol=1e-12, atol=1e-12)
+
+
+def test_what_was_kept_is_not_read_twice():
+    """The gradient lies in the place of the logits that were kept; a second backward pass would take it for logits."""
+    hidden, weight, labels = inputs(101)
+    logprobs, _ = head(hidden.requires_grad_(), weight, labels, entropy_gradient=False)
+    logprobs.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logprobs.sum().backward()
 
 
 def test_more_words_than_rows_are_refused():

@@ -1,9 +1,9 @@
 """The default: logits exist a slab at a time (tokens x some columns of this rank's vocabulary), twice.
 
 The forward pass merges the statistics of the slabs; the backward pass makes each slab again, turns it into its gradient in its
-place, and multiplies that out: the weight's gradient of a slab is written once, by one product over all tokens. Operands of
-products are in the model's dtype, all else is fp32 (fp64 for fp64 models). Elementwise work goes by blocks of rows, which stay
-in the cache.
+place, and multiplies that out: the weight's gradient of a slab is written once, by one product over all tokens (more than
+MOST_TOKENS take several, whose fp32 sum is of a slab's columns alone). Operands of products are in the model's dtype, all else is
+fp32 (fp64 for fp64 models). Elementwise work goes by blocks of rows, which stay in the cache.
 """
 
 from __future__ import annotations
@@ -81,13 +81,12 @@ class Slabs(torch.autograd.Function):
     def backward(ctx, grad_logprobs, grad_entropy, grad_term):
         hidden, weight, labels, ref_hidden, ref_weight, kept, *known = ctx.saved_tensors
         vocabulary, known = ctx.vocabulary, Known(*known)
-        exact = known.lse.dtype
+        exact = known.top.dtype
         grads = [None if g is None else g / vocabulary.temperature for g in (grad_logprobs, grad_entropy, grad_term)]
         grad_hidden = torch.zeros_like(hidden, dtype=exact)
-        # slabs of one tile of tokens fill it once; padded rows, and shards of nothing else, are not trained
+        # slabs fill it; padded rows, and shards of nothing else, are not trained
         grad_weight = torch.zeros_like(weight) if len(hidden) == 0 else torch.empty_like(weight)
         grad_weight[vocabulary.columns :] = 0
-        sums = torch.zeros_like(weight, dtype=exact) if _token_tiles(len(hidden), vocabulary) > 1 else None
         room, ref_room = _rooms(hidden if kept is None else None, ref_hidden, vocabulary)
         for rows, columns in _tiles(len(hidden), vocabulary):
             slab = kept if kept is not None else room.product(hidden[rows], weight[columns])
@@ -103,12 +102,13 @@ class Slabs(torch.autograd.Function):
                 if done.data_ptr() != slab[local].data_ptr():
                     slab[local] = done
             _accumulate(grad_hidden[rows], slab, weight[columns])
-            if sums is None:
-                torch.mm(slab.T, hidden[rows], out=grad_weight[columns])
+            if rows.start == 0:
+                filled = torch.mm(slab.T, hidden[rows], out=grad_weight[columns])
+                total = filled if rows.stop == len(hidden) else filled.to(exact)
             else:
-                _accumulate(sums[columns], slab.T, hidden[rows])
-        if sums is not None:
-            grad_weight[: vocabulary.columns] = sums[: vocabulary.columns]
+                _accumulate(total, slab.T, hidden[rows])
+                if rows.stop == len(hidden):
+                    filled.copy_(total)
         return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
 
 
@@ -127,15 +127,11 @@ def _tile(tokens: int, vocabulary: Vocabulary) -> tuple[int, int]:
     return height, max(1, width // 64 * 64 or width)
 
 
-def _token_tiles(tokens: int, vocabulary: Vocabulary) -> int:
-    return -(-tokens // _tile(tokens, vocabulary)[0])
-
-
 def _tiles(tokens: int, vocabulary: Vocabulary) -> Iterator[tuple[slice, slice]]:
-    """(tokens, columns) of each slab."""
+    """(tokens, columns) of each slab: all tokens of some columns, then of the next, so sums over tokens are of few columns."""
     height, width = _tile(tokens, vocabulary)
-    for start in range(0, tokens, height):
-        for column in range(0, vocabulary.columns, width):
+    for column in range(0, vocabulary.columns, width):
+        for start in range(0, tokens, height):
             yield slice(start, min(start + height, tokens)), slice(column, min(column + width, vocabulary.columns))
 
 

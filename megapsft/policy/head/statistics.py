@@ -1,14 +1,13 @@
 """What must be known of a token's logits z, and how what is known of two parts of the vocabulary becomes one.
 
-Every sum is held relative to the largest logit seen so far, so none overflows; merging two parts rescales to the larger of both.
-The parts are slabs of one rank's rows, and then the shards of all tensor-parallel ranks. With p = softmax(z), q the softmax of
-the reference's logits r (the KLs) or of z / beta (GEM):
+All is held relative to the largest logit seen so far: no sum overflows, and what the other words have beside a sure one is not
+lost in the rounding of its large logit. Merging two parts moves both to the larger. With r the reference's logits:
 
-    kind of sum   over v of              rescaled by
-    p             exp(z - top) x         exp(top - new top)
-    r             exp(r - ref_top) x     exp(ref_top - new ref_top)
-    q             exp((z - top)/beta) x  exp((top - new top)/beta)
-    plain         x                      1
+    x = z - top    p = exp(x)    y = r - ref_top    q = exp(y) (the KLs), exp(x / beta) (GEM)
+
+    total          sum p        weighted       sum p x        target   z of the label, where it is
+    ref_total      sum q        ref_weighted   sum q y        crossed  sum p y (reverse KL), sum q x (forward KL)
+    q_total        sum q        q_h            sum q h        q_hx     sum q h x
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from torch import Tensor
 
 from megapsft.types import VocabularyTerm
 
-BASE = {"top": "top", "total": "p", "weighted": "p", "target": "plain"}  # of weighted x = z; the label's z, where it is
+BASE = ("top", "total", "weighted", "target")
 TERMS = {
-    None: {},
-    "reverse_kl": {"ref_top": "ref_top", "ref_total": "r", "crossed": "p"},  # x = r
-    "forward_kl": {"ref_top": "ref_top", "ref_total": "r", "ref_weighted": "r", "crossed": "r"},  # x = r; x = z
-    "gem": {"q_total": "q", "q_h": "q", "q_hz": "q"},  # x = 1; x = h; x = h z
+    None: (),
+    "reverse_kl": ("ref_top", "ref_total", "crossed"),
+    "forward_kl": ("ref_top", "ref_total", "ref_weighted", "crossed"),
+    "gem": ("q_total", "q_h", "q_hx"),
 }
 SLOPE = 0.01  # of GEM's logsigmoid, as in its authors' code
 
@@ -34,48 +33,57 @@ SLOPE = 0.01  # of GEM's logsigmoid, as in its authors' code
 class Known:
     """Per token, [T] each, of the whole vocabulary; what the backward pass needs beside the logits."""
 
-    lse: Tensor  # logsumexp z
-    mean: Tensor  # sum_v p_v z_v
-    target: Tensor  # z of the label
-    other: Tensor | None = None  # logsumexp of r, or of z / beta
-    level: Tensor | None = None  # reverse_kl: sum_v p_v (z_v - r_v); gem: sum_v q_v h_v
+    top: Tensor  # the largest z
+    total: Tensor
+    mean: Tensor  # of x under p
+    target: Tensor  # x of the label
+    ref_top: Tensor | None = None  # the largest r
+    other_total: Tensor | None = None  # ref_total, or q_total
+    level: Tensor | None = None  # reverse_kl: the mean of x - y under p; gem: that of h under q
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.lse, self.mean, self.target, self.other, self.level
+        return self.top, self.total, self.mean, self.target, self.ref_top, self.other_total, self.level
 
 
-def channels(term: VocabularyTerm | None) -> dict[str, str]:
-    """Name -> kind of sum, in the order of the rows of a [channels, T] tensor."""
-    return BASE | TERMS[term.kind if term else None]
+def channels(term: VocabularyTerm | None) -> tuple[str, ...]:
+    """What the rows of a [channels, T] tensor are."""
+    return BASE + TERMS[term.kind if term else None]
 
 
 def merge(parts: Tensor, term: VocabularyTerm | None) -> Tensor:
     """[parts, channels, T] -> [channels, T]; the same on every rank that has the same parts in the same order."""
-    kinds = channels(term)
-    names = list(kinds)
-    top = parts[:, names.index("top")]
-    new_top = top.amax(dim=0)
-    scales = {"p": (top - new_top).exp(), "plain": torch.ones_like(top)}
-    if "ref_top" in kinds:
-        ref_top = parts[:, names.index("ref_top")]
-        new_ref_top = ref_top.amax(dim=0)
-        scales["r"] = (ref_top - new_ref_top).exp()
-    if "q_total" in kinds:
-        scales["q"] = ((top - new_top) / term.beta).exp()
-    rows = []
-    for row, kind in enumerate(kinds.values()):
-        if kind in ("top", "ref_top"):
-            rows.append(new_top if kind == "top" else new_ref_top)
+    of = dict(zip(channels(term), parts.unbind(1), strict=True))
+    top = of["top"].amax(dim=0)
+    move = of["top"] - top  # 0 or less: what is added to x
+    shrink = move.exp()
+    found = {
+        "top": top,
+        "total": (of["total"] * shrink).sum(dim=0),
+        "weighted": ((of["weighted"] + move * of["total"]) * shrink).sum(dim=0),
+        "target": of["target"].sum(dim=0),
+    }
+    if term is not None and term.kind == "gem":
+        shrink = (move / term.beta).exp()
+        found |= {name: (of[name] * shrink).sum(dim=0) for name in ("q_total", "q_h")}
+        found["q_hx"] = ((of["q_hx"] + move * of["q_h"]) * shrink).sum(dim=0)
+    elif term is not None:
+        found["ref_top"] = of["ref_top"].amax(dim=0)
+        ref_move = of["ref_top"] - found["ref_top"]
+        ref_shrink = ref_move.exp()
+        found["ref_total"] = (of["ref_total"] * ref_shrink).sum(dim=0)
+        if term.kind == "reverse_kl":
+            found["crossed"] = ((of["crossed"] + ref_move * of["total"]) * shrink).sum(dim=0)
         else:
-            rows.append((parts[:, row] * scales[kind]).sum(dim=0))
-    return torch.stack(rows)
+            found["ref_weighted"] = ((of["ref_weighted"] + ref_move * of["ref_total"]) * ref_shrink).sum(dim=0)
+            found["crossed"] = ((of["crossed"] + move * of["ref_total"]) * ref_shrink).sum(dim=0)
+    return torch.stack([found[name] for name in channels(term)])
 
 
 def nothing(tokens: int, term: VocabularyTerm | None, like: Tensor, dtype: torch.dtype) -> Tensor:
     """[channels, T] of no part of the vocabulary at all: merging it changes nothing."""
     stats = like.new_zeros(len(channels(term)), tokens, dtype=dtype)
-    for row, kind in enumerate(channels(term).values()):
-        if kind in ("top", "ref_top"):
+    for row, name in enumerate(channels(term)):
+        if name in ("top", "ref_top"):
             stats[row] = torch.finfo(dtype).min
     return stats
 
@@ -83,24 +91,21 @@ def nothing(tokens: int, term: VocabularyTerm | None, like: Tensor, dtype: torch
 def finish(stats: Tensor, term: VocabularyTerm | None) -> tuple[Known, Tensor, Tensor, Tensor | None]:
     """Of the statistics of the whole vocabulary: what is known, log-probability, entropy and term, [T] each."""
     of = dict(zip(channels(term), stats, strict=True))
-    lse = of["top"] + of["total"].log()
-    mean = of["weighted"] / of["total"]
-    known = Known(lse, mean, of["target"])
-    value = None
+    log_total, mean, target = of["total"].log(), of["weighted"] / of["total"], of["target"] - of["top"]
+    ref_top = other_total = level = value = None
     if term is not None and term.kind == "gem":
-        level = of["q_h"] / of["q_total"]
-        known = Known(lse, mean, of["target"], of["top"] / term.beta + of["q_total"].log(), level)
-        value = of["q_hz"] / of["q_total"] - of["target"] * level
+        other_total, level = of["q_total"], of["q_h"] / of["q_total"]
+        value = of["q_hx"] / other_total - target * level
     elif term is not None:
-        other = of["ref_top"] + of["ref_total"].log()
+        ref_top, other_total = of["ref_top"], of["ref_total"]
+        difference = log_total - other_total.log()
         if term.kind == "reverse_kl":
-            level = mean - of["crossed"] / of["total"]
-            known = Known(lse, mean, of["target"], other, level)
-            value = level - lse + other
+            level = (of["weighted"] - of["crossed"]) / of["total"]
+            value = level - difference
         else:
-            known = Known(lse, mean, of["target"], other)
-            value = (of["ref_weighted"] - of["crossed"]) / of["ref_total"] - other + lse
-    return known, of["target"] - lse, lse - mean, value
+            value = (of["ref_weighted"] - of["crossed"]) / other_total + difference
+    known = Known(of["top"], of["total"], mean, target, ref_top, other_total, level)
+    return known, target - log_total, log_total - mean, value
 
 
 def statistics(z: Tensor, ref: Tensor | None, labels: Tensor, known_target: Tensor | None, term: VocabularyTerm | None) -> Tensor:
@@ -116,23 +121,25 @@ def statistics(z: Tensor, ref: Tensor | None, labels: Tensor, known_target: Tens
     mine = (labels >= 0) & (labels < z.shape[1])
     target = torch.where(mine, z.gather(1, labels.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1), 0)
     found = {"top": top, "target": target}
+    x = z - top[:, None]
     if term is not None and term.kind == "gem":
-        h = torch.ones_like(z) if term.h == "linear" else torch.sigmoid(SLOPE * (z - known_target[:, None]))
-        q = ((z - top[:, None]) / term.beta).exp_()
-        found["q_total"] = q.sum(dim=1)
-        q.mul_(h)
-        found |= {"q_h": q.sum(dim=1), "q_hz": q.mul_(z).sum(dim=1)}
+        q = (x / term.beta).exp_()
+        found["q_total"] = found["q_h"] = q.sum(dim=1)
+        if term.h == "logsigmoid":
+            found["q_h"] = q.mul_(torch.sigmoid(SLOPE * (x - (known_target - top)[:, None]))).sum(dim=1)
+        found["q_hx"] = q.mul_(x).sum(dim=1)
     elif term is not None:
-        ref_top = ref.amax(dim=1)
-        q = (ref - ref_top[:, None]).exp_()
-        found |= {"ref_top": ref_top, "ref_total": q.sum(dim=1)}
+        found["ref_top"] = ref.amax(dim=1)
+        y = ref.sub_(found["ref_top"][:, None])
+        q = y.exp()
+        found["ref_total"] = q.sum(dim=1)
         if term.kind == "forward_kl":
-            found |= {"ref_weighted": (q * ref).sum(dim=1), "crossed": (q * z).sum(dim=1)}
-    p = (z - top[:, None]).exp_()
+            found |= {"ref_weighted": y.mul_(q).sum(dim=1), "crossed": q.mul_(x).sum(dim=1)}
+    p = torch.exp(x, out=z)
     found["total"] = p.sum(dim=1)
     if term is not None and term.kind == "reverse_kl":
-        found["crossed"] = ref.mul_(p).sum(dim=1)
-    found["weighted"] = z.mul_(p).sum(dim=1)
+        found["crossed"] = y.mul_(p).sum(dim=1)
+    found["weighted"] = x.mul_(p).sum(dim=1)
     return torch.stack([found[name] for name in channels(term)])
 
 
@@ -150,31 +157,29 @@ def gradient(z: Tensor, ref: Tensor | None, labels: Tensor, known: Known, wanted
 
     Args: as of `statistics`; `known` and `wanted` of the same n tokens.
     """
-    at_label = torch.zeros_like(known.lse)
+    at_label, constant = torch.zeros_like(known.top), torch.zeros_like(known.top)
     extra = None
+    x = z.sub_(known.top[:, None])
+    y = None if ref is None else ref.sub_(known.ref_top[:, None])
     if wanted.term is not None and term.kind == "gem":
-        h = None if term.h == "linear" else torch.sigmoid(SLOPE * (z - known.target[:, None]))
-        extra = (z / term.beta - known.other[:, None]).exp_().mul_(wanted.term[:, None])
-        extra = extra if h is None else extra.mul_(h)
+        extra = (x / term.beta).exp_().mul_((wanted.term / known.other_total)[:, None])
+        if term.h == "logsigmoid":
+            extra.mul_(torch.sigmoid(SLOPE * (x - known.target[:, None])))
         at_label = at_label - wanted.term * known.level
     elif wanted.term is not None and term.kind == "forward_kl":
-        extra = (ref - known.other[:, None]).exp_().mul_(-wanted.term[:, None])
+        extra = y.exp_().mul_((-wanted.term / known.other_total)[:, None])
     factor = None  # of p, beside what does not depend on the column
-    constant = torch.zeros_like(known.lse)
     if wanted.logprobs is not None:
         constant, at_label = constant - wanted.logprobs, at_label + wanted.logprobs
     if wanted.entropy is not None:
-        factor = (z - known.mean[:, None]).mul_(-wanted.entropy[:, None])
+        factor = (x - known.mean[:, None]).mul_((-wanted.entropy / known.total)[:, None])
     if wanted.term is not None and term.kind == "reverse_kl":
-        slope = (z - ref).sub_(known.level[:, None]).mul_(wanted.term[:, None])
+        slope = (x - y).sub_(known.level[:, None]).mul_((wanted.term / known.total)[:, None])
         factor = slope if factor is None else factor.add_(slope)
     elif wanted.term is not None and term.kind == "forward_kl":
         constant = constant + wanted.term
-    p = z.sub_(known.lse[:, None]).exp_()
-    if factor is None:
-        p.mul_(constant[:, None])
-    else:
-        p.mul_(factor.add_(constant[:, None]))
+    constant = (constant / known.total)[:, None]
+    p = x.exp_().mul_(constant if factor is None else factor.add_(constant))
     if extra is not None:
         p.add_(extra)
     mine = (labels >= 0) & (labels < p.shape[1])

@@ -68,6 +68,7 @@ def gradient(
         _gradient[(len(z), -(-z.shape[1] // BLOCK))](
             z, ref, *vectors, *_numbers(z, ref, term, temperature), **_switches(term), BLOCK=BLOCK, num_warps=WARPS
         )
+        torch.autograd.graph.increment_version(z)  # as in-place operations do: who saved it is not to read it again
     return z
 
 
@@ -114,7 +115,7 @@ def _statistics(
     if KIND == "gem":
         q_total = tl.zeros((BLOCK,), tl.float32)
         q_h = tl.zeros((BLOCK,), tl.float32)
-        q_hz = tl.zeros((BLOCK,), tl.float32)
+        q_hx = tl.zeros((BLOCK,), tl.float32)
     if SIGMOID:
         target_z = tl.load(known_target + row)
     for start in range(0, columns, BLOCK):
@@ -122,30 +123,34 @@ def _statistics(
         inside = column < columns
         z = _row(part, row, column_stride, row_stride, column, inside, scale)
         new_top = tl.maximum(top, tl.max(z, 0))
-        shrink = tl.exp(top - new_top)
-        p = tl.exp(z - new_top)
-        total = total * shrink + p
-        weighted = weighted * shrink + p * z
+        move = top - new_top  # of what is held relative to the maximum
+        shrink = tl.exp(move)
+        x = z - new_top
+        p = tl.exp(x)
         if KL:
             r = _row(ref, row, ref_column_stride, ref_row_stride, column, inside, scale)
             new_ref_top = tl.maximum(ref_top, tl.max(r, 0))
-            ref_shrink = tl.exp(ref_top - new_ref_top)
-            q = tl.exp(r - new_ref_top)
-            ref_total = ref_total * ref_shrink + q
+            ref_move = ref_top - new_ref_top
+            ref_shrink = tl.exp(ref_move)
+            y = r - new_ref_top
+            q = tl.exp(y)
             if KIND == "reverse_kl":
-                crossed = crossed * shrink + p * r
+                crossed = (crossed + ref_move * total) * shrink + p * y
             else:
-                ref_weighted = ref_weighted * ref_shrink + q * r
-                crossed = crossed * ref_shrink + q * z
+                ref_weighted = (ref_weighted + ref_move * ref_total) * ref_shrink + q * y
+                crossed = (crossed + move * ref_total) * ref_shrink + q * x
+            ref_total = ref_total * ref_shrink + q
             ref_top = new_ref_top
         if KIND == "gem":
-            q_shrink = tl.exp((top - new_top) * sharpness)
-            q = tl.exp((z - new_top) * sharpness)
+            q_shrink = tl.exp(move * sharpness)
+            q = tl.exp(x * sharpness)
             q_total = q_total * q_shrink + q
             if SIGMOID:
                 q *= tl.sigmoid(SLOPE * (z - target_z))
+            q_hx = (q_hx + move * q_h) * q_shrink + q * x
             q_h = q_h * q_shrink + q
-            q_hz = q_hz * q_shrink + q * z
+        weighted = (weighted + move * total) * shrink + p * x
+        total = total * shrink + p
         top = new_top
     mine = (label >= 0) & (label < columns)
     place = part + row * row_stride + label * column_stride
@@ -165,12 +170,12 @@ def _statistics(
     if KIND == "gem":
         tl.store(stats + 4 * tokens, tl.sum(q_total, 0))
         tl.store(stats + 5 * tokens, tl.sum(q_h, 0))
-        tl.store(stats + 6 * tokens, tl.sum(q_hz, 0))
+        tl.store(stats + 6 * tokens, tl.sum(q_hx, 0))
 
 
 @triton.jit
 def _gradient(
-    part, ref, labels, lse, mean, target, other, level, of_logprobs, of_entropy, of_term,
+    part, ref, labels, known_top, known_total, mean, target, known_ref_top, other_total, level, of_logprobs, of_entropy, of_term,
     columns, row_stride, column_stride, ref_row_stride, ref_column_stride, scale, sharpness,
     KIND: tl.constexpr, SIGMOID: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -179,7 +184,7 @@ def _gradient(
     label = tl.load(labels + row)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
-    z = _row(part, row, column_stride, row_stride, column, inside, scale)
+    x = _row(part, row, column_stride, row_stride, column, inside, scale) - tl.load(known_top + row)
     factor = tl.zeros((BLOCK,), tl.float32)
     extra = tl.zeros((BLOCK,), tl.float32)
     at_label = tl.zeros((), tl.float32)
@@ -187,22 +192,22 @@ def _gradient(
         at_label = tl.load(of_logprobs + row)
         factor -= at_label
     if of_entropy is not None:
-        factor -= tl.load(of_entropy + row) * (z - tl.load(mean + row))
+        factor -= tl.load(of_entropy + row) * (x - tl.load(mean + row))
     if of_term is not None:
         weight = tl.load(of_term + row)
         if KIND == "gem":
-            extra = tl.exp(z * sharpness - tl.load(other + row)) * weight
+            extra = tl.exp(x * sharpness) * (weight / tl.load(other_total + row))
             if SIGMOID:
-                extra *= tl.sigmoid(SLOPE * (z - tl.load(target + row)))
+                extra *= tl.sigmoid(SLOPE * (x - tl.load(target + row)))
             at_label -= weight * tl.load(level + row)
         else:
-            r = _row(ref, row, ref_column_stride, ref_row_stride, column, inside, scale)
+            y = _row(ref, row, ref_column_stride, ref_row_stride, column, inside, scale) - tl.load(known_ref_top + row)
             if KIND == "reverse_kl":
-                factor += weight * (z - r - tl.load(level + row))
+                factor += weight * (x - y - tl.load(level + row))
             else:
                 factor += weight
-                extra = -weight * tl.exp(r - tl.load(other + row))
-    found = factor * tl.exp(z - tl.load(lse + row)) + extra
+                extra = -tl.exp(y) * (weight / tl.load(other_total + row))
+    found = factor * (tl.exp(x) / tl.load(known_total + row)) + extra
     found += tl.where(column == label, at_label, 0.0)
     place = part + row * row_stride + column.to(tl.int64) * column_stride
     tl.store(place, found.to(part.dtype.element_ty), mask=inside)
