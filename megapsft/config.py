@@ -122,7 +122,7 @@ class CriticConfig:
     path: str | None = None  # a Hugging Face folder of the same architecture; default: model.path
     lr: NonNegativeFloat = 1e-5  # constant
     weight_decay: NonNegativeFloat = 0.01
-    warmup_steps: NonNegativeInt = 0  # steps of the critic alone before the policy is updated too
+    warmup_steps: NonNegativeInt = 0  # the first of train.steps, which train the critic alone; the policy's schedule follows
 
 
 @dataclass(frozen=True, kw_only=True)

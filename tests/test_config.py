@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 from pathlib import Path
@@ -14,11 +15,33 @@ from megapsft.errors import Refused
 from megapsft.train.phases import phases
 from megapsft.train.plan import to_yaml
 
+PACKAGE = Path(__file__).parents[1] / "megapsft"
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
 
 def test_without_a_file_all_is_default():
     assert load_config(None) == Config()
+
+
+def test_every_key_is_read_somewhere():
+    """As `<section>.<key>` or `config.<key>`, in code that the keys are handed to: none is accepted and ignored."""
+    reads = set()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())) if path != PACKAGE / "config.py" else ():
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                reads.add((ast.unparse(node.value).rpartition(".")[2], node.attr))
+    keys = list(keys_of(Config))
+    assert ("critic", "warmup_steps") in keys
+    assert [(section, key) for section, key in keys if not reads & {(section, key), ("config", key)}] == []
+
+
+def keys_of(cls, section="config"):
+    """(innermost section, key) of every leaf of the tree."""
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.default_factory):
+            yield from keys_of(field.default_factory, field.name)
+        else:
+            yield section, field.name
 
 
 def test_overrides_go_over_the_file_and_the_file_over_its_parents(tmp_path):

@@ -123,9 +123,9 @@ def read_preferences(config: DataConfig) -> list[Preference]:
 def parse_preference(record: dict[str, Any], columns: ColumnsConfig, source: str) -> Preference:
     """The pair in a record that has the columns `prompt`, `chosen` and `rejected`."""
     prompt = parse_prompt(record[columns.prompt], f"{source}: column {columns.prompt!r}")
-    names = [getattr(columns, side) for side in SIDES]
+    names = columns.chosen, columns.rejected
     chosen, rejected = (parse_response(record[name], prompt, f"{source}: column {name!r}") for name in names)
-    names = [getattr(columns, f"{side}_ref_logprobs") for side in SIDES]
+    names = columns.chosen_ref_logprobs, columns.rejected_ref_logprobs
     given = [name for name in names if record.get(name) is not None]
     if len(given) == 1:
         raise Refused(source, f"has {given[0]!r} alone", f"give both {names[0]!r} and {names[1]!r}, or neither")
@@ -148,9 +148,11 @@ def parse_response(response: Any, prompt: Prompt, at: str) -> str:
 
 def check_ref_logprobs(row: Preference, responses: list[list[int]], columns: ColumnsConfig) -> None:
     """Refuses log-probabilities that are not one for each response token."""
-    for side, response in zip(SIDES, responses, strict=True):
-        if row.ref_logprobs is not None and len(row.ref_logprobs[SIDES.index(side)]) != len(response):
-            name = getattr(columns, f"{side}_ref_logprobs")
-            rule = f"has {len(row.ref_logprobs[SIDES.index(side)])} entries for {len(response)} response tokens"
+    if row.ref_logprobs is None:
+        return
+    names = columns.chosen_ref_logprobs, columns.rejected_ref_logprobs
+    for name, logprobs, response in zip(names, row.ref_logprobs, responses, strict=True):
+        if len(logprobs) != len(response):
+            rule = f"has {len(logprobs)} entries for {len(response)} response tokens"
             remedy = "compute them with this tokenizer and template, on the response and its terminator"
             raise Refused(f"{row.source}: column {name!r}", rule, remedy)

@@ -9,7 +9,7 @@ METRICS: dict[str, str] = {
     # what is minimised
     "train/loss": "sum of loss_weights * per-token loss over the update",
     "train/grad_norm": "global L2 norm of the gradient before clipping",
-    "train/lr": "learning rate of the update",
+    "train/lr": "learning rate of the update; 0 where the critic alone is trained",
     "train/skipped_updates": "updates skipped so far: the gradient was not finite, or no token was trained",
     # the policy, teacher-forced on the trained tokens at temperature 1
     "policy/entropy": "mean entropy over the full vocabulary, in nats, during the update",

@@ -1,4 +1,4 @@
-"""A run is a few phases one after the other: a warm-up, then training."""
+"""A run is a few phases one after the other: a warm-up, the critic alone, then training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 class Phase:
     """Consecutive records of one phase."""
 
-    name: str  # "warmup" or "train"
+    name: str  # "warmup", "critic" or "train"
     objective: str
     records: tuple[dict[str, Any], ...]
 

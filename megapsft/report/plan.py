@@ -39,11 +39,13 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
     unit = {"demonstrations": "samples", "preferences": "pairs", "rollouts": "prompts with their rollouts"}[config.data.kind]
     longest = max(micro.length for share in update for micro in share)
     rates = ", ".join(
-        f"{phase.name} {learning_rate(phase.optimizer, 0, phase.steps):.3g} to "
-        f"{learning_rate(phase.optimizer, phase.steps - 1, phase.steps):.3g}"
+        f"{phase.name} {learning_rate(phase.optimizer, 0, phase.policy_steps):.3g} to "
+        f"{learning_rate(phase.optimizer, phase.policy_steps - 1, phase.policy_steps):.3g}"
         for phase in plan.phases
     )
     steps = " + ".join(f"{phase.steps} of {phase.objective_name}" for phase in plan.phases)
+    if config.critic.warmup_steps:
+        steps += f" (the first {config.critic.warmup_steps} of the critic alone)"
     resumed = f"continues {plan.checkpoint}" if plan.checkpoint else "from the beginning"
     if plan.done_steps == plan.steps:
         resumed = "done: nothing is left to do (more train.steps would continue it)"

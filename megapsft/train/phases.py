@@ -18,10 +18,21 @@ class Phase:
     optimizer: OptimizerConfig
     first_step: int
     steps: int
+    critic_steps: int = 0  # the first of them, which train the critic alone
 
     @property
     def end(self) -> int:
         return self.first_step + self.steps
+
+    @property
+    def policy_from(self) -> int:
+        """The first step that updates the policy."""
+        return self.first_step + self.critic_steps
+
+    @property
+    def policy_steps(self) -> int:
+        """Steps that update the policy."""
+        return self.steps - self.critic_steps
 
 
 def phases(config: Config) -> tuple[Phase, ...]:
@@ -53,6 +64,7 @@ def phases(config: Config) -> tuple[Phase, ...]:
         optimizer=config.optimizer,
         first_step=train.sft_warmup_steps,
         steps=train.steps,
+        critic_steps=config.critic.warmup_steps,
     )
     return (*warmup, objective)
 

@@ -197,6 +197,9 @@ def _check_other_models(config: Config, all_phases: Sequence[Phase], hf: HFConfi
                 rule = f"is of another architecture than {config.model.path}"
                 raise Refused(f"{section}.path={path}", rule, "name one like it")
             check_checkpoint(path, family_of(other), other)
+    if config.critic.warmup_steps >= config.train.steps:
+        rule = f"leaves the policy none of train.steps={config.train.steps}"
+        raise Refused(f"critic.warmup_steps={config.critic.warmup_steps}", rule, "use fewer, or more train.steps")
     if compares and config.reference.placement == "swap" and config.parallel.overlap_param_gather:
         rule = "exchanges weights that parallel.overlap_param_gather=true may still be gathering"
         raise Refused("reference.placement=swap", rule, "use reference.placement=copy, or overlap_param_gather=false")

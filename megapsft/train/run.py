@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megapsft import __version__
 from megapsft.checkpoint.dist import Checkpoints, Trained, load_model, read_state
 from megapsft.checkpoint.hf import import_hf
+from megapsft.checkpoint.hf_save import keep_model
 from megapsft.config import flatten
 from megapsft.data.pack import pack
 from megapsft.errors import Refused
@@ -107,8 +108,11 @@ class Run:
             context_group=parallel_state.get_context_parallel_group() if self.plan.mesh.cp > 1 else None,
         )
 
-    def learning_rate(self, step: int, phase: Phase) -> float:
-        return learning_rate(phase.optimizer, step - phase.first_step, phase.steps)
+    def learning_rate(self, step: int, phase: Phase) -> float | None:
+        """Of the policy, whose schedule begins with its first update; None before, where the critic alone is trained."""
+        if step < phase.policy_from:
+            return None
+        return learning_rate(phase.optimizer, step - phase.policy_from, phase.policy_steps)
 
     def log_update(self, step: int, phase: Phase, report: Report) -> None:
         """Count, write and show one update.
@@ -133,7 +137,8 @@ class Run:
             self.sinks.write_update(self._record(step, phase) | metrics)
         if self.progress:
             self._show(phase, metrics, report.skipped)
-        self.say(self.watch.update(done.update, metrics))
+        if step >= phase.policy_from:
+            self.say(self.watch.update(done.update, metrics))
         if done.skipped_in_a_row >= self.plan.config.train.max_skipped_updates:
             raise TrainingStopped(
                 f"{done.skipped_in_a_row} updates in a row were skipped (train.max_skipped_updates="
@@ -172,7 +177,8 @@ class Run:
             self.since_checkpoint.append(best)
         if self.sinks:
             self.sinks.write_step(self._record(step, phase) | {"epoch": self.source.sampler.epoch(step + 1)} | record)
-        self.say(self.watch.step(phase, record, len(reports)))
+        if step >= phase.policy_from:
+            self.say(self.watch.step(phase, record, len(reports)))
         self.checkpoints.finish(blocking=False)
 
     def say(self, text: str | None) -> None:
@@ -206,7 +212,8 @@ class Run:
             self.sinks.close()
 
     def _record(self, step: int, phase: Phase) -> dict[str, Any]:
-        return {"update": self.done.update, "step": step + 1, "phase": phase.name, "objective": phase.objective_name}
+        name = phase.name if step >= phase.policy_from else "critic"
+        return {"update": self.done.update, "step": step + 1, "phase": name, "objective": phase.objective_name}
 
     def _show(self, phase: Phase, metrics: dict[str, float], skipped: str | None) -> None:
         if skipped:
@@ -330,6 +337,7 @@ def _open_sinks(plan: RunPlan, done: Progressed) -> Sinks:
     config, folder = plan.config, run_folder(plan.config)
     config_file(config).write_text(to_yaml(config))
     (folder / "revision.txt").write_text(revision() + "\n")
+    keep_model(Path(config.model.path), folder / "model")
     trackers: list[Any] = []
     if config.log.tensorboard:
         trackers.append(TensorBoard(folder / "tensorboard", resumed_at=done.update))

@@ -17,7 +17,7 @@ from megapsft.models.names import canonical_name
 from megapsft.models.router import BalanceLoss
 from megapsft.policy.build import Policy
 from megapsft.policy.constants import with_entropy
-from megapsft.policy.forward import Consume, Head, forward_backward, read, to_device
+from megapsft.policy.forward import Consume, Head, evaluate, forward_backward, read, to_device
 from megapsft.policy.reference import Reference
 from megapsft.train.optimizer import step_if_finite
 from megapsft.train.phases import has_old_policy
@@ -39,12 +39,15 @@ def update(
     objective: Objective,
     optimizer: ChainedOptimizer,
     minibatch: Minibatch,
-    lr: float,
+    lr: float | None,
     reference: Reference | None = None,
 ) -> Report:
     """Collective. Gradient of sum(loss_weights * loss) over all microbatches and ranks, clipped, and one AdamW step.
 
     No step is taken, and parameters stay as they are, where no token is trained or a gradient is not finite.
+
+    Args:
+        lr: learning rate of the step; None for neither gradient nor step: a report on the policy as it is.
     """
     if objective.totals_need is not None:
         minibatch = with_totals(policy, objective, minibatch)
@@ -63,19 +66,34 @@ def update(
 
     weight = reference.output_weight(policy) if "ref_hidden" in objective.needs else None
     head = Head(entropy_gradient=objective.entropy_gradient, term=objective.term, ref_weight=weight)
-    done = descend(policy, optimizer, minibatch, consume, head, lr)
-    metrics = reduction.finish(dist.group.WORLD)
+    found, skipped = {"train/lr": lr or 0.0}, None
+    if lr is None:
+        found["train/loss"] = loss_of(policy, minibatch, consume, head)
+    else:
+        done = descend(policy, optimizer, minibatch, consume, head, lr)
+        found |= {"train/loss": done.loss, "train/grad_norm": done.grad_norm}
+        if policy.config.moe_aux_loss_coeff:
+            found["moe/aux_loss"] = done.aux_loss
+        skipped = done.skipped
+    metrics = reduction.finish(dist.group.WORLD) | found
     metrics |= {
-        "train/loss": done.loss,
-        "train/grad_norm": done.grad_norm,
-        "train/lr": lr,
         "data/trained_tokens": minibatch.trained_tokens,
         "data/real_tokens": minibatch.real_tokens,
         "data/samples": minibatch.samples,
     }
-    if policy.config.moe_aux_loss_coeff:
-        metrics["moe/aux_loss"] = done.aux_loss
-    return Report(metrics, done.skipped)
+    return Report(metrics, skipped)
+
+
+def loss_of(policy: Policy, minibatch: Minibatch, consume: Consume, head: Head | None) -> float:
+    """Collective. The loss of `descend`, of a pass without gradient."""
+    outputs = evaluate(policy, minibatch, head)
+    microbatches = (to_device(microbatch, policy.device) for microbatch in minibatch.microbatches)
+    losses = [consume(output, microbatch)[1] for output, microbatch in zip(outputs, microbatches, strict=False)]
+    total = torch.zeros((), dtype=torch.float64, device=policy.device)
+    if _counts():
+        total = sum(losses, total)
+    dist.all_reduce(total)
+    return total.item()
 
 
 @dataclass(frozen=True)
