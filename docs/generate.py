@@ -49,7 +49,7 @@ The resolved config lies beside the run as `config.yaml`. A run that continues m
 """
 MEANINGS = {  # of keys whose line in the source has no comment
     "run.dir": "folder of the run: checkpoints, metrics, resolved config; the same one again continues it",
-    "model.path": "Hugging Face folder: config.json, *.safetensors, tokenizer with a chat template",
+    "model.path": "Hugging Face folder with a tokenizer and a chat template, or what `megapsft convert` made of one",
     "model.make_vocab_size_divisible_by": "the embedding is padded to a multiple of this times TP, as in Megatron-LM",
     "objective.aggregation": "how per-token losses become one number; the loss is always a weighted sum over the update",
     "model.moe_token_dispatcher_type": "how tokens reach the ranks of their experts",

@@ -13,6 +13,7 @@ import tyro
 from megapsft.errors import Refused
 
 if TYPE_CHECKING:
+    from megapsft.checkpoint.convert.run import Result
     from megapsft.config import ParallelConfig
     from megapsft.train.plan import RunPlan
 
@@ -150,13 +151,13 @@ def export(
     *,
     out: Path,
     checkpoint: str = "latest",
-    dtype: Literal["float32", "bfloat16"] | None = None,
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None,
 ) -> int:
-    """Write a run's weights as a Hugging Face folder, with config, tokenizer and chat template.
+    """Write a run's weights as a Hugging Face folder, with config, tokenizer and chat template; bounded memory, no GPU.
 
     For example:
         megapsft export runs/tiny --out exports/tiny
-        megapsft export runs/tiny --out exports/best --checkpoint best --dtype bfloat16
+        megapsft export runs/tiny --out exports/best --checkpoint best --dtype bf16
 
     Args:
         run: the run's folder.
@@ -166,8 +167,7 @@ def export(
     """
     from megapsft.checkpoint.export import export_run
 
-    print(f"exported to {export_run(run, out, checkpoint, dtype)}")
-    return 0
+    return _converted(export_run(run, out, checkpoint, dtype))
 
 
 def init_model(
@@ -289,6 +289,142 @@ def curves(runs: tyro.conf.Positional[tuple[Path, ...]], *, out: Path) -> int:
     return 0
 
 
+def hf_to_megatron(
+    *,
+    hf: Path,
+    out: Path,
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None,
+    adapter: Path | None = None,
+    keep_adapter: bool = False,
+    max_memory: str = "600MiB",
+    workers: int = 4,
+    verify: bool = False,
+) -> int:
+    """Convert a Hugging Face folder to a torch_dist checkpoint that Megatron loads under any split. No GPU, bounded memory.
+
+    For example:
+        megapsft convert hf-to-megatron --hf Qwen3-30B-A3B --out ckpt
+        megapsft convert hf-to-megatron --hf Qwen3-30B-A3B --out ckpt --dtype bf16 --max-memory 1GiB --workers 8
+        megapsft convert hf-to-megatron --hf Qwen3-30B-A3B --out merged --adapter lora
+        megapsft train CONFIG.yaml model.path=ckpt
+
+    Killed, it goes on from there when it is run again.
+
+    Args:
+        hf: folder with config.json and safetensors; FP8 weights in blocks are read with their scales.
+        out: the folder to make; it must not hold anything yet.
+        dtype: of the checkpoint; default: as stored, FP8 as bf16.
+        adapter: folder of a LoRA adapter that PEFT saved, which is merged into the weights.
+        keep_adapter: do not merge it, but keep it beside the base; megatron-to-hf gives it back.
+        max_memory: that the process may have, with all it needs.
+        workers: threads that read and write.
+        verify: read the result back, and compare it with the source bit by bit.
+    """
+    from megapsft.checkpoint.convert import hf_to_megatron as to_megatron
+    from megapsft.checkpoint.convert.workers import Options
+
+    options = Options(max_memory=_size(max_memory), workers=workers, read_back=verify)
+    return _converted(to_megatron.hf_to_megatron(hf, out, dtype, adapter, keep_adapter, options))
+
+
+def megatron_to_hf(
+    *,
+    megatron: Path,
+    out: Path,
+    hf: Path | None = None,
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None,
+    fp8_blockwise: bool = False,
+    max_shard_size: str = "5GB",
+    max_memory: str = "600MiB",
+    workers: int = 4,
+    verify: bool = False,
+) -> int:
+    """Convert a torch_dist checkpoint, saved under any split, to a Hugging Face folder. No GPU, bounded memory.
+
+    For example:
+        megapsft convert megatron-to-hf --megatron runs/x/checkpoints/latest --out hf
+        megapsft convert megatron-to-hf --megatron runs/x --out hf --dtype bf16
+        megapsft convert megatron-to-hf --megatron megatron-lm/save --hf Qwen3-30B-A3B --out hf
+
+    Killed, it goes on from there when it is run again.
+
+    Args:
+        megatron: a run, one of its checkpoints, what hf-to-megatron made, or Megatron-LM's --save.
+        out: the folder to make; it must not hold anything yet.
+        hf: folder with config.json and tokenizer; default: that of the model the run trained, or the import converted.
+        dtype: of the weights; default: as stored.
+        fp8_blockwise: linear layers in FP8 (e4m3), with a scale for each block of 128 x 128, as SGLang and vLLM read them.
+        max_shard_size: most bytes of weights in a file.
+        max_memory: that the process may have, with all it needs.
+        workers: threads that read and write.
+        verify: read the result back, and compare it with the source bit by bit.
+    """
+    from megapsft.checkpoint.convert import megatron_to_hf as to_hf
+    from megapsft.checkpoint.convert.workers import Options
+
+    options = Options(max_memory=_size(max_memory), workers=workers, read_back=verify)
+    return _converted(to_hf.megatron_to_hf(megatron, out, hf, dtype, fp8_blockwise, _size(max_shard_size), options))
+
+
+def verify(
+    *,
+    hf: Path,
+    against: Path,
+    model: Path | None = None,
+    logits: bool = False,
+    max_memory: str = "600MiB",
+    workers: int = 4,
+) -> int:
+    """Compare a Hugging Face folder with another, or with a checkpoint: config, names, shapes, every bit, and the manifests.
+
+    For example:
+        megapsft convert verify --hf exports/x --against runs/x/checkpoints/latest
+        megapsft convert verify --hf exports/x --against Qwen3-30B-A3B --logits
+
+    Exit code 0 where all is the same, 1 where something differs.
+
+    Args:
+        hf: folder with config.json and safetensors.
+        against: another one, a run, one of its checkpoints, what hf-to-megatron made, or Megatron-LM's --save.
+        model: folder with the config of `against`, where it is a checkpoint that does not say it itself.
+        logits: also run both on a sample of tokens, the folder in transformers; both models must fit into memory.
+        max_memory: that the process may have, with all it needs; not with --logits.
+        workers: threads that read.
+    """
+    from megapsft.checkpoint.convert.verify import verify as compare
+    from megapsft.checkpoint.convert.workers import Options
+
+    report = compare(hf, against, model, Options(max_memory=_size(max_memory), workers=workers))
+    if logits:
+        from megapsft.checkpoint.convert.logits import compare_logits
+
+        compare_logits(hf, against, model, report)
+    for note in report.notes:
+        print(f"note: {note}")
+    for problem in report.problems:
+        print(f"DIFFERENT: {problem}")
+    print(f"{report.equal} of {report.tensors} tensors are equal bit by bit, {report.nbytes / 1e9:.2f} GB read")
+    return 1 if report.problems else 0
+
+
+def _size(text: str) -> int:
+    from megapsft.checkpoint.convert.memory import parse_size
+
+    return parse_size(text)
+
+
+def _converted(result: Result) -> int:
+    for text in result.warnings:
+        print(f"megapsft: warning: {text}", file=sys.stderr)
+    for name, count in list(result.nonfinite.items())[:10]:
+        print(f"megapsft: warning: {name} has {count} numbers that are infinite or not a number", file=sys.stderr)
+    if len(result.nonfinite) > 10:
+        print(f"megapsft: warning: and {len(result.nonfinite) - 10} more tensors have such, see conversion.json", file=sys.stderr)
+    again = f", {result.resumed} of them by an earlier attempt" if result.resumed else ""
+    print(f"wrote {result.out}: {result.tensors} tensors{again}, {result.nbytes / 1e9:.2f} GB")
+    return 0
+
+
 COMMANDS = {
     "train": train,
     "probe": probe,
@@ -297,6 +433,11 @@ COMMANDS = {
     "make-data": make_data,
     "config": config,
     "curves": curves,
+}
+CONVERT = {
+    "hf-to-megatron": hf_to_megatron,
+    "megatron-to-hf": megatron_to_hf,
+    "verify": verify,
 }
 OVERRIDES: list[str] = []  # the key=value arguments: they may stand anywhere, which argparse does not allow
 
@@ -342,6 +483,9 @@ def main(arguments: list[str] | None = None) -> int:
         OVERRIDES[:] = [a for a in arguments[1:] if _is_override(a)]
         arguments = [a for a in arguments if a not in OVERRIDES]
     try:
+        if arguments[:1] == ["convert"]:
+            about = "Convert weights from Hugging Face to Megatron and back, and compare them."
+            return tyro.extras.subcommand_cli_from_dict(CONVERT, prog="megapsft convert", args=arguments[1:], description=about)
         return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="megapsft", args=arguments, description=__doc__)
     except Refused as error:
         return _complain(error)

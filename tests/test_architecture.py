@@ -43,6 +43,7 @@ NEVER_IN = {"torch": {"rewards", "advantages", "config"}}
 ONLY_WITH = {  # beside what is Python's own
     "objectives": {"torch", "pydantic", "megapsft.types", "megapsft.errors", "megapsft.objectives"},
 }
+READS_PICKLES = Path("checkpoint/files/torch_dist.py")  # with a list of the classes that may be in them
 EVERYWHERE_NEVER = {"pickle", "dill", "cloudpickle", "joblib", "ray"}
 OF_A_MACHINE = re.compile(r"/(home|root|work|tmp|Users|mnt|media|scratch|lustre|gpfs|nfs|opt|srv|shared)(/|$)")
 
@@ -82,10 +83,11 @@ def test_every_package_has_a_row():
         ("objectives/a.py", "import os\nimport numpy", "objectives may not import numpy"),
         ("objectives/a.py", "import os\nfrom megapsft.config import Config", "objectives may not import config"),
         ("objectives/a.py", "import os\nfrom megapsft.models import rope", "objectives may not import models"),
-        ("__init__.py", "import os\nimport megapsft.platform.cuda", "megapsft/__init__.py may import megapsft.platform.cpu only"),
+        ("__init__.py", "import os\nimport megapsft.platform.cuda", "__init__.py may import platform.cpu and .children only"),
         ("checkpoint/a.py", "import os\nimport pickle", "pickle nowhere"),
         ("data/a.py", 'import os\nPATH = "/home/me/data.jsonl"', "'/home/me/data.jsonl' is a path of one machine"),
-        ("checkpoint/a.py", "import torch\ntorch.load('x')", "torch.load reads pickles"),
+        ("checkpoint/a.py", "import torch\ntorch.load('x')", "torch.load reads pickles without weights_only=True"),
+        ("checkpoint/a.py", "a\ntorch.load(x, weights_only=False)", "torch.load reads pickles without weights_only=True"),
     ],
 )
 def test_a_planted_violation_is_named(file, source, rule, tmp_path):
@@ -103,6 +105,7 @@ def test_what_is_allowed_is_not_found(tmp_path):
         "objectives/a.py": "from __future__ import annotations\nimport json\nimport torch\nfrom megapsft.objectives import b\n"
         "from megapsft.errors import Refused\nimport megapsft.objectives",
         "metrics/a.py": "import wandb\nfrom torch.utils.tensorboard import SummaryWriter",
+        str(READS_PICKLES): "import pickle\ntorch.load(x, weights_only=True)",
         "data/a.py": 'from megapsft.data.b import c\nimport transformers\nX = "a/tmp/b and/or c"',
     }
     for file, source in allowed.items():
@@ -118,7 +121,10 @@ def violations(root: Path) -> list[str]:
         file = path.relative_to(root)
         package = file.parts[0].removesuffix(".py")
         for node in ast.walk(ast.parse(path.read_text(), str(path))):
-            found += [f"{file}:{node.lineno}: {rule}" for rule in dict.fromkeys(broken(package, node))]
+            rules = dict.fromkeys(broken(package, node))
+            if file == READS_PICKLES:
+                rules.pop("pickle nowhere", None)
+            found += [f"{file}:{node.lineno}: {rule}" for rule in rules]
     return found
 
 
@@ -131,8 +137,10 @@ def broken(package: str, node: ast.AST) -> Iterator[str]:
         yield from broken_by_import(package, name)
     if isinstance(node, ast.Constant) and isinstance(node.value, str) and OF_A_MACHINE.match(node.value):
         yield f"{node.value!r} is a path of one machine"
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and (node.value.id, node.attr) == ("torch", "load"):
-        yield "torch.load reads pickles"
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+        options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if options.get("weights_only") != "True":
+            yield "torch.load reads pickles without weights_only=True"
 
 
 def imported(node: ast.AST) -> list[str]:
@@ -163,8 +171,8 @@ def broken_by_import(package: str, name: str) -> Iterator[str]:
 
 def broken_row(package: str, name: str, below: list[str]) -> Iterator[str]:
     if package == "__init__":
-        if not within(name, {"megapsft.platform.cpu"}):
-            yield "megapsft/__init__.py may import megapsft.platform.cpu only"
+        if not within(name, {"megapsft.platform.cpu", "megapsft.platform.children"}):
+            yield "__init__.py may import platform.cpu and .children only"
         return
     other = below[0] if below else package
     if other.startswith("__"):  # megapsft.__version__

@@ -32,6 +32,10 @@ RUN = {  # every command that is run, in this order, and what is put behind it t
     PSFT: SMALL + "1",
     "megapsft curves runs/psft-tiny-qwen3-gsm8k --out curves.png": "",
     "megapsft export runs/psft-tiny-qwen3-gsm8k --out exports/tiny": "",
+    "megapsft convert hf-to-megatron --hf models/tiny --out converted/tiny": "",
+    f"{PSFT} model.path=converted/tiny run.dir=runs/converted": SMALL + "1",
+    "megapsft convert megatron-to-hf --megatron runs/converted --out exports/converted --dtype bf16": "",
+    "megapsft convert verify --hf exports/converted --against runs/converted --logits": "",
     f"{PSFT} train.steps=40 parallel.tensor_model_parallel_size=2": SMALL + "2",
     f"torchrun --nproc-per-node 2 {SFT}": "train.batch_size=8 train.minibatch_size=8 train.steps=1",
     "megapsft make-data --kind preferences --from gsm8k-train.jsonl --out preferences.jsonl": "",
@@ -44,6 +48,7 @@ RUN = {  # every command that is run, in this order, and what is put behind it t
     "python -m tests.invariants": "--kind dense --split 'microbatches of 2'",
     "python benchmarks/train_step.py": "--help",
     "python benchmarks/head.py": "--help",
+    "python benchmarks/convert.py": "--help",
 }
 ELSEWHERE = {
     "make quickstart": "tests/e2e/test_quickstart.py runs what it runs",
@@ -79,7 +84,7 @@ def test_the_commands_of_the_readme_run(tiny_data, tmp_path):
     assert [record["step"] for record in records] == [1, 1, 2, 2, 3, 3]  # the warm-up, a step, and the one that continued
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert (tmp_path / "exports/tiny/config.json").is_file()
-    for name in ("config.yaml", "revision.txt", "checkpoints", "tensorboard", "metrics.jsonl", "steps.jsonl"):
+    for name in ("config.yaml", "revision.txt", "model", "checkpoints", "tensorboard", "metrics.jsonl", "steps.jsonl"):
         assert f"`{name}" in README
         assert (run / name).exists()
     assert readme_metrics() == {key: METRICS[key] for key in records[-1] if "/" in key}

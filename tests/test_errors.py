@@ -309,6 +309,12 @@ def test_an_architecture_that_there_is_not(refused, tiny_models, tmp_path):
     says(refused(model=model), "architecture Qwen3NextForCausalLM", "is not supported", remedy)
 
 
+def test_weights_that_are_quantised_in_a_way_that_is_not_read(refused, tiny_models, tmp_path):
+    model = changed_config(tiny_models("qwen3"), tmp_path, quantization_config=dict(quant_method="gptq", bits=4))
+    rule = "must be fp8: such weights would be read without their scales, or with wrong ones"
+    says(refused(model=model), "quantization_config.quant_method=gptq", rule, "use the checkpoint in bfloat16")
+
+
 def test_a_truncated_file_of_weights(refused, tiny_models, tmp_path):
     model = copied(tiny_models("qwen3"), tmp_path)
     whole = (model / SINGLE).read_bytes()
@@ -396,9 +402,8 @@ def test_a_checkpoint_of_another_architecture(one_run, refused, tiny_models, tmp
     value = "(architecture=Qwen3ForCausalLM)"
     rule = "is a checkpoint of another architecture: this model has architecture=Qwen3MoeForCausalLM"
     says(refused(run=one_run, model=tiny_models(MOE)), value, rule, "continue it with the model it was made from")
-    run = copied(one_run, tmp_path, "run")  # the same, when the model's folder has been replaced since
-    config = run / "config.yaml"
-    config.write_text(config.read_text().replace(str(tiny_models("qwen3")), str(tiny_models(MOE))))
+    run = copied(one_run, tmp_path, "run")  # the same, when the model that the run keeps has been replaced since
+    shutil.copyfile(tiny_models(MOE) / "config.json", run / "model/config.json")
     with pytest.raises(Refused) as caught:
         export_run(run, tmp_path / "out")
     says(caught.value, value, rule, "continue it with the model it was made from")
@@ -432,8 +437,8 @@ def test_a_truncated_checkpoint(one_run, tmp_path):
         file.write_bytes(file.read_bytes()[:100])
     done = megapsft("export", str(run), "--out", str(tmp_path / "out"))
     assert done.returncode == 2
-    assert "cannot be read: ..." in done.stderr
-    assert "point `latest` at an older checkpoint" in done.stderr
+    assert "has 100 bytes, but .metadata lists" in done.stderr
+    assert "copy the checkpoint again" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 

@@ -28,15 +28,14 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megapsft.checkpoint.files.torch_dist import check_harmless, read_index
 from megapsft.checkpoint.optimizer_state import adam_step, load_state, sharded_state
+from megapsft.checkpoint.state import STATE, check_architecture, read_state, shape_of
+from megapsft.checkpoint.together import refuse_together
 from megapsft.config import CheckpointConfig
 from megapsft.errors import Refused
-from megapsft.models.hf_config import HFConfig
 from megapsft.platform.compat import save_checkpoint
 from megapsft.policy.build import Policy
-
-ARCHITECTURE = ("architecture", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                "head_dim", "intermediate_size", "num_experts", "moe_intermediate_size", "tie_word_embeddings")  # fmt: skip
 
 
 class Trained(NamedTuple):
@@ -84,7 +83,7 @@ class Checkpoints:
 
         def publish() -> None:
             if torch.distributed.get_rank() == 0:
-                _write_json(partial / "state.json", record)
+                _write_json(partial / STATE, record)
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(partial, final)
                 _point(self.folder / "latest", final.name)
@@ -156,33 +155,6 @@ def latest(folder: Path) -> Path | None:
     return link.resolve() if link.exists() else None
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """The run's own state as saved with the checkpoint at `path`.
-
-    Raises:
-        Refused: there is none.
-    """
-    file = path / "state.json"
-    if not file.is_file():
-        remedy = "name a folder such as RUN/checkpoints/latest"
-        raise Refused(str(path), "is not a checkpoint of megapsft (no state.json)", remedy)
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise Refused(str(file), f"is damaged ({error})", "point `latest` at an older checkpoint") from None
-
-
-def check_architecture(path: Path, state: dict[str, Any], hf: HFConfig) -> None:
-    """Refuse to load a checkpoint into a model of another shape."""
-    for name, value in shape_of(hf).items():
-        if state[name] != value:
-            raise Refused(
-                f"{path} ({name}={state[name]})",
-                f"is a checkpoint of another architecture: this model has {name}={value}",
-                "continue it with the model it was made from, or choose another run.dir",
-            )
-
-
 def model_state(chunks: Sequence[GPTModel], prefix: str = "") -> dict[str, Any]:
     """Sharded tensors of all chunks; keys are of the whole model, so any split can read them."""
     return {f"chunk{index}": gpt.sharded_state_dict(prefix=prefix) for index, gpt in enumerate(chunks)}
@@ -194,6 +166,7 @@ def load_model(path: Path, chunks: Sequence[GPTModel]) -> None:
 
 
 def _read(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    refuse_together(lambda: check_harmless(path, read_index(path)))  # Megatron unpickles whatever is there
     try:
         return dist_checkpointing.load(content, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
     except (CheckpointingException, CheckpointException, EOFError, OSError, RuntimeError, ValueError) as error:
@@ -207,11 +180,6 @@ def _fill(chunks: Sequence[GPTModel], loaded: dict[str, Any], prefix: str = "") 
         gpt.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()}, strict=True)
 
 
-def shape_of(hf: HFConfig) -> dict[str, Any]:
-    """What two models must have in common for one to hold the other's weights."""
-    return {name: getattr(hf, name) for name in ARCHITECTURE}
-
-
 def _mesh(policy: Policy) -> str:
     return policy.mesh.describe()
 
@@ -220,7 +188,7 @@ def _generators() -> ShardedObject:
     """This rank's random state; only read again by the same rank of the same mesh."""
     state = {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "numpy": [part.tolist() if isinstance(part, np.ndarray) else part for part in np.random.get_state()],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "megatron": tensor_parallel.get_cuda_rng_tracker().get_states(),
@@ -231,7 +199,8 @@ def _generators() -> ShardedObject:
 
 def _restore_generators(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    kind, key, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(key, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

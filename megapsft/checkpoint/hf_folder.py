@@ -1,26 +1,25 @@
-"""A Hugging Face model folder as it is read: its config, and its safetensors with every key and shape accounted for."""
+"""A model folder as it is read: its config, and its weights with every key and shape accounted for."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megapsft.checkpoint.weights import Weights, rows_of
+from megapsft.checkpoint.weights.fp8 import BLOCK, FP8, SCALE, Dequantised
+from megapsft.checkpoint.weights.hf import INDEX, SINGLE, HFWeights, read_json, some
+from megapsft.checkpoint.weights.torch_dist import DistWeights
 from megapsft.errors import Refused
 from megapsft.models.family import Family
 from megapsft.models.hf_config import HFConfig
+from megapsft.models.names import HF_EMBEDDING, HF_OUTPUT
 from megapsft.models.parameters import Index, Rule, Shape
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+RELEASE = "release"  # what Megatron calls a checkpoint that no training step made
 NOT_WEIGHTS = (".rotary_emb.inv_freq",)  # buffers that old versions of transformers saved
-SHOWN = 5  # names in a message
 
 
 def read_config(model_dir: str | Path) -> HFConfig:
@@ -33,67 +32,77 @@ def read_config(model_dir: str | Path) -> HFConfig:
     if not folder.is_dir():
         remedy = "name a local folder with config.json and *.safetensors, such as one made by `hf download`"
         raise Refused(f"model folder {str(folder)!r}", "is not a folder", remedy)
-    return HFConfig.parse(_read_json(folder / "config.json"))
+    return HFConfig.parse(read_json(folder / "config.json"))
 
 
-class HFCheckpoint:
-    """The tensors of a folder; nothing but headers is read until `read` asks for a part of one."""
+class ModelWeights:
+    """The weights of a folder, by any index; nothing but headers is read until `read` asks for a part of a tensor."""
 
-    def __init__(self, files: Mapping[str, Path]):
-        """Args: files: which file each tensor lies in. Use `open_checkpoint`, which checks them."""
-        self._handles = {path: _open(path) for path in dict.fromkeys(files.values())}
-        self._slices: dict[str, Any] = {name: self._handles[path].get_slice(name) for name, path in files.items()}
-        self.shapes: dict[str, Shape] = {name: tuple(part.get_shape()) for name, part in self._slices.items()}
-        for name, part in self._slices.items():
-            if part.get_dtype() not in DTYPES:
-                rule = f"is stored as {part.get_dtype()}, which would be read without its scales"
-                raise Refused(f"{files[name]}: {name}", rule, "use the checkpoint in bfloat16")
+    def __init__(self, weights: Weights):
+        self.weights = weights
+        self.shapes: dict[str, Shape] = {name: stored.shape for name, stored in weights.tensors.items()}
 
     def read(self, name: str, index: Index) -> Tensor:
         """A part of a tensor, in the dtype it is stored in."""
-        return self._slices[name][index]
+        rows, *columns = index if isinstance(index, tuple) else (index,)
+        start, stop, step = rows.indices(self.weights.tensors[name].rows)
+        if step != 1:
+            raise ValueError(f"rows are read one after the other, not by steps of {step}")
+        found = rows_of(self.weights, name, start, max(start, stop))
+        return found[:, *columns] if columns else found
 
 
-def open_checkpoint(model_dir: str | Path) -> HFCheckpoint:
+def open_checkpoint(model_dir: str | Path) -> ModelWeights:
     """The safetensors of `model_dir`: model.safetensors, or what model.safetensors.index.json lists.
 
     Raises:
-        Refused: no safetensors (pickles are not read), a file that the index lists but is not there, a truncated or corrupt
-            file, tensors that the index lists but their file lacks, tensors of a dtype other than float32, float16, bfloat16.
+        Refused: what `HFWeights` refuses.
     """
-    folder = Path(model_dir)
-    single, index = folder / SINGLE, folder / INDEX
-    if single.is_file():
-        return HFCheckpoint(dict.fromkeys(_open(single).keys(), single))
-    if index.is_file():
-        files = {name: folder / file for name, file in _read_json(index).get("weight_map", {}).items()}
-        for path in dict.fromkeys(files.values()):
-            if not path.is_file():
-                raise Refused(str(path), f"is missing, but {index} lists it", "download or copy the folder again")
-            listed = {name for name, file in files.items() if file == path}
-            lacking = sorted(listed - set(_open(path).keys()))
-            if lacking:
-                rule = f"lacks tensors that {INDEX} lists in it: {_some(lacking)}"
-                raise Refused(str(path), rule, "download or copy the folder again")
-        return HFCheckpoint(files)
-    pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))
-    if pickles:
-        remedy = f"convert it: AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(...) writes safetensors"
-        raise Refused(str(pickles[0]), "is a pickle, which can run code when it is read; only safetensors are", remedy)
-    raise Refused(str(folder), f"has neither {SINGLE} nor {INDEX}", "name a folder with the weights in it")
+    return ModelWeights(HFWeights(model_dir, direct=False))
 
 
-def check_checkpoint(model_dir: str | Path, family: Family, hf: HFConfig) -> HFCheckpoint:
-    """The checkpoint in `model_dir`, with every tensor that the model needs, no other, and all shapes right.
+def check_checkpoint(model_dir: str | Path, family: Family, hf: HFConfig) -> ModelWeights:
+    """The weights in `model_dir`, with every tensor that the model needs, no other, and all shapes right.
+
+    Args:
+        model_dir: a Hugging Face folder, or one that `megapsft convert hf-to-megatron` made.
 
     Raises:
-        Refused: what `open_checkpoint`, `check_keys` and `check_tied` refuse.
+        Refused: what `HFWeights`, `check_keys` and `check_tied`, or for a converted folder `DistWeights`, refuse.
     """
-    checkpoint = open_checkpoint(model_dir)
-    check_keys(family.parameters(hf), checkpoint.shapes, hf.tie_word_embeddings)
+    if is_converted(model_dir):
+        stored = DistWeights(Path(model_dir) / RELEASE, hf, direct=False)
+        if stored.has_adapter:
+            rule = "keeps an adapter beside the base, which would be left out here"
+            raise Refused(str(model_dir), rule, "convert again without --keep-adapter, which merges it")
+        return ModelWeights(stored)
+    weights = in_full(HFWeights(model_dir, direct=False), hf)  # not direct: all ranks of a node read it
+    check_keys(family.parameters(hf), {name: stored.shape for name, stored in weights.tensors.items()}, hf.tie_word_embeddings)
     if hf.tie_word_embeddings:
-        check_tied(checkpoint)
-    return checkpoint
+        check_tied(weights)
+    return ModelWeights(weights)
+
+
+def in_full(weights: Weights, hf: HFConfig, dtype: torch.dtype = torch.bfloat16) -> Weights:
+    """The weights with those in FP8 times their scales, as `dtype`.
+
+    Raises:
+        Refused: FP8 weights without scales, or scales without weights.
+    """
+    if not any(stored.dtype == FP8 or name.endswith(SCALE) for name, stored in weights.tensors.items()):
+        return weights
+    return Dequantised(weights, dtype, hf.fp8_block or BLOCK)
+
+
+def is_converted(model_dir: str | Path) -> bool:
+    """Whether the folder holds a torch_dist checkpoint beside its config, rather than safetensors."""
+    return (Path(model_dir) / RELEASE).is_dir()
+
+
+def is_hf(model_dir: str | Path) -> bool:
+    """Whether the folder holds a config beside safetensors."""
+    folder = Path(model_dir)
+    return (folder / "config.json").is_file() and ((folder / SINGLE).is_file() or (folder / INDEX).is_file())
 
 
 def check_keys(rules: Sequence[Rule], found: Mapping[str, Shape], tied: bool) -> None:
@@ -109,13 +118,13 @@ def check_keys(rules: Sequence[Rule], found: Mapping[str, Shape], tied: bool) ->
     needed = {name: shape for rule in rules for name, shape in rule.sources.items()}
     missing = [name for name in needed if name not in found]
     if missing:
-        rule = f"{len(missing)} tensors are missing that config.json asks for: {_some(missing)}"
-        remedy = "set tie_word_embeddings in config.json if they are tied" if missing == [LM_HEAD] else "download it again"
+        rule = f"{len(missing)} tensors are missing that config.json asks for: {some(missing)}"
+        remedy = "set tie_word_embeddings in config.json if they are tied" if missing == [HF_OUTPUT] else "download it again"
         raise Refused("checkpoint", rule, remedy + ", or name the checkpoint that belongs to this config.json")
-    ignored = {LM_HEAD} if tied else set()
+    ignored = {HF_OUTPUT} if tied else set()
     extra = [name for name in found if name not in needed and name not in ignored and not name.endswith(NOT_WEIGHTS)]
     if extra:
-        rule = f"{len(extra)} tensors are not part of the model that config.json describes: {_some(extra)}"
+        rule = f"{len(extra)} tensors are not part of the model that config.json describes: {some(extra)}"
         raise Refused("checkpoint", rule, "name the checkpoint that belongs to this config.json")
     for name, shape in needed.items():
         if found[name] != shape:
@@ -123,42 +132,27 @@ def check_keys(rules: Sequence[Rule], found: Mapping[str, Shape], tied: bool) ->
             raise Refused(name, rule, "name the checkpoint that belongs to this config.json")
 
 
-def check_tied(checkpoint: HFCheckpoint, block: int = 8192) -> None:
-    """That a `lm_head.weight` stored along with tied embeddings is the same tensor; compared `block` rows at a time.
+def check_tied(weights: Weights, nbytes: int = 2**22) -> None:
+    """That a `lm_head.weight` stored along with tied embeddings is the same tensor; compared `nbytes` at a time.
 
     Raises:
         Refused: it differs, so that the model was not tied after all.
     """
-    if LM_HEAD not in checkpoint.shapes:
+    if HF_OUTPUT not in weights.tensors:
         return
-    same = checkpoint.shapes[LM_HEAD] == checkpoint.shapes[EMBEDDING] and all(
-        torch.equal(checkpoint.read(LM_HEAD, rows), checkpoint.read(EMBEDDING, rows))
-        for rows in (slice(start, start + block) for start in range(0, checkpoint.shapes[EMBEDDING][0], block))
-    )
-    if not same:
-        rule = f"differs from {EMBEDDING}, but config.json ties them"
-        raise Refused(LM_HEAD, rule, "set tie_word_embeddings to false, or delete the tensor that is wrong")
+    rows = weights.tensors[HF_EMBEDDING].rows
+    block = max(1, nbytes // weights.tensors[HF_EMBEDDING].row_bytes)
+
+    def same(start: int) -> bool:
+        ends = min(start + block, rows)
+        output, embedding = (rows_of(weights, name, start, ends) for name in (HF_OUTPUT, HF_EMBEDDING))
+        return torch.equal(output.view(torch.uint8), embedding.view(torch.uint8))
+
+    alike = weights.tensors[HF_OUTPUT] == weights.tensors[HF_EMBEDDING]
+    if not alike or not all(same(start) for start in range(0, rows, block)):
+        rule = f"differs from {HF_EMBEDDING}, but config.json ties them"
+        raise Refused(HF_OUTPUT, rule, "set tie_word_embeddings to false, or delete the tensor that is wrong")
 
 
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        rule = f"is truncated or not safetensors ({error})"
-        raise Refused(str(path), rule, "download or copy the file again") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise Refused(str(path), "is missing", "name a complete Hugging Face model folder") from None
-    except (ValueError, OSError) as error:
-        raise Refused(str(path), f"is not readable JSON ({error})", "download or copy the file again") from None
-    if not isinstance(content, dict):
-        raise Refused(str(path), f"holds a JSON {type(content).__name__}, not an object", "download or copy the file again")
-    return content
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (" ..." if len(names) > SHOWN else "")
+__all__ = ["INDEX", "RELEASE", "SINGLE", "ModelWeights", "check_checkpoint", "check_keys", "check_tied", "is_converted", "is_hf",
+           "open_checkpoint", "read_config"]  # fmt: skip

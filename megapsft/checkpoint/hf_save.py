@@ -1,27 +1,37 @@
-"""A stream of Hugging Face tensors into a model folder that appears complete, or not at all."""
+"""A stream of Hugging Face tensors, as a live model gives it, into a model folder; and what a folder holds beside weights."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megapsft.checkpoint.hf_folder import EMBEDDING, INDEX, LM_HEAD, SINGLE, open_checkpoint
+from megapsft.checkpoint.convert.to_safetensors import SafetensorsTarget
+from megapsft.checkpoint.files.direct import as_bytes
+from megapsft.checkpoint.hf_folder import is_hf
+from megapsft.checkpoint.together import refuse_together
+from megapsft.checkpoint.unfinished import Unfinished, check_free
+from megapsft.checkpoint.weights import Stored
+from megapsft.checkpoint.weights.hf import HFWeights, read_json
 from megapsft.errors import Refused
+from megapsft.models.families import family_of
 from megapsft.models.hf_config import HFConfig, both_spellings
+from megapsft.models.names import HF_EMBEDDING, HF_OUTPUT
 
 COMPANIONS = (  # what a model folder holds beside config and weights
     "generation_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt",
 )  # fmt: skip
+SOURCE, MANIFEST = "source.json", "conversion.json"  # of a model that a run keeps, of one that was converted
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 READABLE = 0o644  # safetensors makes files that only their owner can read
 
 
@@ -36,132 +46,123 @@ def save_hf(
     """Write the tensors, the config and the tokenizer of a model as Hugging Face does. Collective where torch.distributed runs.
 
     Rank 0 writes, the others exhaust the stream; all return when the folder is there. It is written beside `out_dir` as
-    `.NAME.partial` and renamed at the end. Memory: one shard.
+    `.NAME.partial` and renamed at the end. Memory: one tensor.
 
     Args:
-        stream: (name, tensor on the CPU); None instead of the tensor on ranks other than 0.
+        stream: (name, tensor on the CPU), all of one dtype; None instead of the tensor on ranks other than 0.
         source_dir: where tokenizer, chat template and generation config are copied from. With tied embeddings,
             lm_head.weight is written only if it is stored there.
         max_shard_bytes: a file of weights has no more than this, unless it is one tensor.
         dtype: of the weights; None: that of the tensors.
 
     Raises:
-        Refused: `out_dir` is a file or a folder that is not empty.
+        Refused: `out_dir` is a file or a folder that is not empty; the stream lacks a tensor, or has one of another dtype.
     """
     out = Path(out_dir)
-    _raise_together(lambda: check_free(out))
+    refuse_together(lambda: check_free(out))
     if dist.is_initialized() and dist.get_rank() > 0:
         for _ in stream:
             pass
     else:
-        partial = out.absolute().parent / f".{out.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
-        partial.mkdir(parents=True)
+        unfinished = Unfinished(out)
+        unfinished.empty()
         try:
-            tensors = ((name, tensor if dtype is None else tensor.to(dtype)) for name, tensor in stream)
-            if hf.tie_word_embeddings and LM_HEAD in open_checkpoint(source_dir).shapes:
-                tensors = _with_lm_head(tensors)
-            stored = _write_weights(tensors, partial, max_shard_bytes)
-            write_config(hf, stored, partial)
-            copy_companions(Path(source_dir), partial)
-            for path in [*partial.rglob("*"), partial]:
-                _sync(path)
-            os.rename(partial, out)  # onto an empty folder, too
-            _sync(out.absolute().parent)
+            stored = _write(stream, hf, Path(source_dir), unfinished.folder, max_shard_bytes, dtype)
+            write_config(hf, stored, unfinished.folder)
+            copy_companions(Path(source_dir), unfinished.folder)
+            unfinished.finish()
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            unfinished.discard()
             raise
     if dist.is_initialized():
         dist.barrier()
 
 
-def check_free(out: Path) -> None:
-    """That `out` can become a new model folder.
+def write_config(hf: HFConfig, dtype: torch.dtype, folder: Path, quantization: Mapping[str, Any] | None = None) -> None:
+    """config.json for weights of `dtype`, spelt so that transformers 4 and 5 both read it right.
 
-    Raises:
-        Refused: it is a file, or a folder that is not empty.
+    Args:
+        dtype: of what is not quantised.
+        quantization: quantization_config of weights in FP8; None: there are none, even if the model started from some.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise Refused(str(out), "exists and is not an empty folder", "name another folder, or delete this one")
-
-
-def write_config(hf: HFConfig, dtype: torch.dtype, folder: Path) -> None:
-    """config.json for weights of `dtype`, spelt so that transformers 4 and 5 both read it right."""
     name = str(dtype).removeprefix("torch.")
     config = both_spellings({**hf.raw, "dtype": name, "torch_dtype": name})
+    config.pop("quantization_config", None)
+    if quantization is not None:
+        config["quantization_config"] = dict(quantization)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """Tokenizer, chat template and generation config, as far as `source` has them."""
-    for name in COMPANIONS:
+def copy_companions(source: Path, folder: Path) -> list[str]:
+    """Tokenizer, chat template and generation config, as far as `source` has them; their names."""
+    names = companions(source)
+    for name in names:
         if (source / name).is_dir():
-            shutil.copytree(source / name, folder / name)
-        elif (source / name).is_file():
+            shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
+        else:
             shutil.copyfile(source / name, folder / name)
+    return names
 
 
-def _with_lm_head(stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def companions(source: Path) -> list[str]:
+    """Names of what `copy_companions` copies."""
+    return [name for name in COMPANIONS if (source / name).exists()]
+
+
+def lacks(source: Path) -> list[str]:
+    """What a model folder has not that its weights need none of, but a run does; worded for the user."""
+    if not any((source / name).is_file() for name in TOKENIZERS):
+        return [f"{source} has no tokenizer ({', '.join(TOKENIZERS)}), so the result has none: put one beside its config.json"]
+    settings = source / "tokenizer_config.json"
+    told = any((source / name).exists() for name in TEMPLATES) or settings.is_file() and "chat_template" in read_json(settings)
+    if not told:
+        remedy = f"put a {TEMPLATES[0]} beside its config.json before it is trained"
+        return [f"{source} has no chat template, so the result has none: {remedy}"]
+    return []
+
+
+def keep_model(source: Path, folder: Path) -> None:
+    """What an export needs beside the weights, so that it needs nothing from elsewhere. What is there already stays."""
+    if (folder / SOURCE).is_file():
+        return
+    folder.mkdir(exist_ok=True)
+    copy_companions(source, folder)
+    shutil.copyfile(source / "config.json", folder / "config.json")
+    about = {"path": str(source.absolute()), "output_layer_stored_twice": stores_output_layer(source)}
+    (folder / SOURCE).write_text(json.dumps(about) + "\n")
+
+
+def stores_output_layer(model: Path) -> bool:
+    """Whether the embedding of a model with tied embeddings was stored a second time, as its output layer."""
+    for name in (SOURCE, MANIFEST):
+        if (model / name).is_file() and "output_layer_stored_twice" in (about := read_json(model / name)):
+            return bool(about["output_layer_stored_twice"])
+    return is_hf(model) and HF_OUTPUT in HFWeights(model, direct=False).tensors
+
+
+def _write(
+    stream: Iterable[tuple[str, Tensor | None]],
+    hf: HFConfig,
+    source: Path,
+    folder: Path,
+    max_shard_bytes: int,
+    dtype: torch.dtype | None,
+) -> torch.dtype:
+    """The safetensors of a stream; gives the dtype of the weights."""
+    twice = hf.tie_word_embeddings and stores_output_layer(source)
+    target, left = None, set()
     for name, tensor in stream:
-        yield name, tensor
-        if name == EMBEDDING:
-            yield LM_HEAD, tensor.clone()  # safetensors refuses tensors that share memory
-
-
-def _write_weights(stream: Iterable[tuple[str, Tensor]], folder: Path, max_shard_bytes: int) -> torch.dtype:
-    """The safetensors and, where they are several, their index; gives the dtype of the weights."""
-    shard: dict[str, Tensor] = {}
-    shard_bytes = total_bytes = 0
-    dtype = torch.float32
-    names: list[list[str]] = []
-
-    def close() -> None:
-        names.append(list(shard))
-        path = folder / f"{len(names):05d}.safetensors"  # how many there will be is known at the end
-        save_file(shard, path, metadata={"format": "pt"})
-        path.chmod(READABLE)
-        shard.clear()
-
-    for name, tensor in stream:
-        if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
-            close()
-            shard_bytes = 0
-        shard[name] = tensor.contiguous()
-        shard_bytes += tensor.nbytes
-        total_bytes += tensor.nbytes
-        dtype = tensor.dtype
-    close()
-    if len(names) == 1:
-        (folder / "00001.safetensors").rename(folder / SINGLE)
-        return dtype
-    weight_map = {}
-    for number, inside in enumerate(names, start=1):
-        file = f"model-{number:05d}-of-{len(names):05d}.safetensors"
-        (folder / f"{number:05d}.safetensors").rename(folder / file)
-        weight_map |= dict.fromkeys(inside, file)
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        if target is None:
+            dtype = dtype or tensor.dtype
+            tensors = {n: Stored(s, dtype) for rule in family_of(hf).parameters(hf) for n, s in rule.sources.items()}
+            if twice:
+                tensors[HF_OUTPUT] = tensors[HF_EMBEDDING]
+            target, left = SafetensorsTarget(folder, tensors, max_shard_bytes, direct=False), set(tensors)
+            target.open()
+        for stored_as in (name, HF_OUTPUT) if twice and name == HF_EMBEDDING else (name,):
+            left.remove(stored_as)
+            target.write(stored_as, 0, as_bytes(tensor.to(dtype).contiguous()))
+    if target is None or left:
+        raise Refused("the model", f"gave no {', '.join(sorted(left)) or 'tensors'}", "build it with the family's own layers")
+    target.close()
     return dtype
-
-
-def _raise_together(check: Callable[[], None]) -> None:
-    """Run `check` on rank 0, and let what it refuses be raised on every rank."""
-    refusal: list[Refused | None] = [None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            check()
-        except Refused as error:
-            refusal[0] = error
-    if dist.is_initialized():
-        dist.broadcast_object_list(refusal, src=0)
-    if refusal[0] is not None:
-        raise refusal[0]
-
-
-def _sync(path: Path) -> None:
-    """Make a file, or the names in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

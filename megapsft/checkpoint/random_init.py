@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 
 from megapsft.checkpoint.hf_folder import SINGLE, read_config
-from megapsft.checkpoint.hf_save import READABLE, check_free, write_config
+from megapsft.checkpoint.hf_save import READABLE, write_config
+from megapsft.checkpoint.unfinished import check_free
 from megapsft.data.rows import read_texts
 from megapsft.errors import Refused
 from megapsft.models.families import family_of

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from megapsft.errors import Refused
 from megapsft.models.hf_config import HFConfig
-from megapsft.models.names import EMBEDDING, OUTPUT
+from megapsft.models.names import EMBEDDING, HF_EMBEDDING, HF_OUTPUT, OUTPUT
 from megapsft.models.parameters import QKV, GatedMLP, Replicated, RowParallel, Rule, Vocab, expand
 
 LAYER = "decoder.layers.{layer}"
@@ -61,13 +61,13 @@ class Family(ABC):
         self.check(hf)
         vocab = (hf.vocab_size, hf.hidden_size)
         rules = [
-            Vocab(name=EMBEDDING, hf="model.embed_tokens.weight", shape=vocab),
+            Vocab(name=EMBEDDING, hf=HF_EMBEDDING, shape=vocab),
             *self.attention(hf),
             *self.mlp(hf),
             Replicated(name="decoder.final_layernorm.weight", hf="model.norm.weight", shape=(hf.hidden_size,)),
         ]
         if not hf.tie_word_embeddings:
-            rules.append(Vocab(name=OUTPUT, hf="lm_head.weight", shape=vocab))
+            rules.append(Vocab(name=OUTPUT, hf=HF_OUTPUT, shape=vocab))
         return expand(rules, hf.num_hidden_layers, hf.num_experts)
 
     def attention(self, hf: HFConfig) -> list[Rule]:

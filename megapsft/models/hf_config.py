@@ -48,6 +48,7 @@ class HFConfig:
     num_experts_per_tok: int | None = None
     moe_intermediate_size: int | None = None
     norm_topk_prob: bool = False
+    fp8_block: tuple[int, int] | None = None  # rows and columns that share a scale, where the stored weights are FP8
     raw: dict[str, Any] = field(repr=False, compare=False)  # the whole file
 
     @classmethod
@@ -56,7 +57,8 @@ class HFConfig:
 
         Raises:
             Refused: a key that is missing, two spellings that contradict each other, or something that we would compute
-                wrongly: unknown rope type, attention dropout, sliding windows, quantised weights, another activation.
+                wrongly: unknown rope type, attention dropout, sliding windows, another activation, weights that are
+                quantised otherwise than to FP8 in blocks.
         """
         architectures = raw.get("architectures")
         if not architectures:
@@ -86,6 +88,7 @@ class HFConfig:
             num_experts_per_tok=_need(raw, "num_experts_per_tok") if num_experts else None,
             moe_intermediate_size=_need(raw, "moe_intermediate_size") if num_experts else None,
             norm_topk_prob=bool(raw.get("norm_topk_prob")),
+            fp8_block=_fp8_block(raw.get("quantization_config")),
             raw=dict(raw),
         )
 
@@ -115,10 +118,26 @@ def _check_supported(raw: Mapping[str, Any]) -> None:
         raise Refused(value, "must be full attention in every layer", "use a model without sliding windows")
     if raw.get("hidden_act", "silu") != "silu":
         raise Refused(f"config.json: hidden_act={raw['hidden_act']}", "must be silu", "use a model with SwiGLU layers")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method")
-        rule = "quantised weights would be read without their scales"
-        raise Refused(f"config.json: quantization_config={method}", rule, "use the checkpoint in bfloat16")
+
+
+def _fp8_block(quantization: Mapping[str, Any] | None) -> tuple[int, int] | None:
+    """What FP8 weights share a scale; None where weights are not quantised."""
+    if not quantization:
+        return None
+    if not isinstance(quantization, Mapping):
+        value = f"config.json: quantization_config={quantization!r}"
+        raise Refused(value, "must be an object", "download config.json again, or use the checkpoint in bfloat16")
+    understood = {"quant_method": ("fp8",), "fmt": ("e4m3", None), "activation_scheme": ("dynamic", None)}
+    for key, values in understood.items():
+        if quantization.get(key) not in values:
+            rule = f"must be {values[0]}: such weights would be read without their scales, or with wrong ones"
+            value = f"config.json: quantization_config.{key}={quantization.get(key)}"
+            raise Refused(value, rule, "use the checkpoint in bfloat16")
+    block = quantization.get("weight_block_size")
+    if not isinstance(block, list | tuple) or len(block) != 2 or any(type(size) is not int or size < 1 for size in block):
+        value = f"config.json: quantization_config.weight_block_size={block}"
+        raise Refused(value, "must be rows and columns of a block, such as [128, 128]", "use the checkpoint in bfloat16")
+    return block[0], block[1]
 
 
 def _need(raw: Mapping[str, Any], key: str) -> Any:

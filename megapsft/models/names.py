@@ -6,6 +6,7 @@ import re
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT = "output_layer.weight"
+HF_EMBEDDING, HF_OUTPUT = "model.embed_tokens.weight", "lm_head.weight"  # Hugging Face's
 
 # Transformer Engine fuses the norms into the linear layers that follow them, and keeps all experts of a rank in one module
 TRANSFORMER_ENGINE = (

@@ -3,6 +3,9 @@
 A rule only cuts and joins; no number is changed, so import followed by export gives every tensor back bit by bit. Names of
 Megatron are the canonical ones of `names.py`: layers and experts are counted over the whole model. A family writes its rules
 with `{layer}` and `{expert}` in the names; `expand` makes one rule of each for every layer and expert.
+
+Everything that converts (a live model in and out, a torch_dist checkpoint in and out) reads the same two things of a rule: its
+`blocks`, which rows of the parameter are which rows of which tensor, and its `boxes`, which rectangle a shard is.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +22,34 @@ from torch import Tensor
 Shape = tuple[int, ...]
 Index = slice | tuple[slice, ...]
 Read = Callable[[str, Index], Tensor]  # (name of a Hugging Face tensor, which part of it) -> that part
+Fill = Callable[[int, int, int, Tensor], None]  # (number of a box, first row, last row + 1, where to put them)
+
+
+class Block(NamedTuple):
+    """Rows of a whole parameter that are rows of one Hugging Face tensor."""
+
+    row: int  # the first, in the parameter
+    rows: int
+    hf: str
+    start: int  # the first, in the tensor
+
+
+class Box(NamedTuple):
+    """A rectangle of a whole parameter that lies in one place, such as on one rank; one column where there is one dimension."""
+
+    row: int
+    rows: int
+    column: int
+    columns: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule(ABC):
     """One parameter of Megatron and the tensors it comes from."""
+
+    axis: ClassVar[int | None] = 0  # which dimension tensor parallelism splits
+    parts: ClassVar[int] = 1  # equal parts of the rows, each of which is split by itself
+    padded: ClassVar[bool] = False  # Megatron may have more rows than the Hugging Face tensor
 
     name: str  # Megatron's
     hf: str  # Hugging Face's; `{part}` stands for the parts where there are several
@@ -35,52 +62,111 @@ class Rule(ABC):
         return {self.hf: self.shape}
 
     @abstractmethod
+    def blocks(self) -> list[Block]:
+        """All rows of the parameter, in its order; of each Hugging Face tensor in the tensor's own order."""
+
+    @property
+    def whole(self) -> Shape:
+        """Shape of the parameter before any split, the vocabulary unpadded."""
+        return (sum(shape[0] for shape in self.sources.values()), *self.shape[1:])
+
+    def boxes(self, rank: int, size: int, shape: Shape) -> list[Box]:
+        """What the shard of `rank` in a tensor-parallel group (the expert one where `expert`) of `size` ranks holds.
+
+        Args:
+            shape: of the shard as Megatron allocated it, which pads the vocabulary.
+
+        Returns:
+            Rectangles that lie below each other in the shard.
+        """
+        rows, columns = self.whole[0], math.prod(self.whole[1:])
+        if self.axis is None:
+            return [Box(0, rows, 0, columns)]
+        if self.axis == 1:
+            return [Box(0, rows, rank * shape[1], shape[1])]
+        share, part = shape[0] // self.parts, shape[0] * size // self.parts
+        return [Box(number * part + rank * share, share, 0, columns) for number in range(self.parts)]
+
     def load(self, read: Read, rank: int, size: int, shape: Shape) -> Tensor:
-        """The shard of `rank` in a tensor-parallel group (the expert one where `expert`) of `size` ranks.
+        """The shard of `rank`, as a new tensor or as what `read` gave. Arguments as of `boxes`.
 
         Args:
             read: gives parts of Hugging Face tensors; only what the shard needs is asked for.
-            shape: of the shard as Megatron allocated it. Only `Vocab` needs it: Megatron pads the vocabulary.
         """
+        pieces = []
+        for row, rows, column, columns in self.boxes(rank, size, shape):
+            for block in overlaps(self.blocks(), row, row + rows):
+                index: Index = slice(block.start, block.start + block.rows)
+                if self.axis == 1:
+                    index = (index, slice(column, column + columns))
+                pieces.append(read(block.hf, index))
+            padding = row + rows - max(row, min(self.whole[0], row + rows))
+            if padding:
+                like = pieces[-1] if pieces else read(self.hf, slice(0, 0))
+                pieces.append(like.new_zeros(padding, *self.shape[1:]))
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    @abstractmethod
-    def export(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The whole Hugging Face tensors, as copies, out of the shards of all ranks of the group in their order."""
+
+def overlaps(blocks: Sequence[Block], start: int, stop: int) -> Iterator[Block]:
+    """The parts of the blocks that lie in the rows `start` to `stop` of the parameter."""
+    for row, rows, hf, first in blocks:
+        low, high = max(row, start), min(row + rows, stop)
+        if low < high:
+            yield Block(low, high - low, hf, first + low - row)
+
+
+def gather(blocks: Sequence[Block], name: str, start: int, boxes: Sequence[Box], fill: Fill, out: Tensor) -> None:
+    """Rows of a Hugging Face tensor out of the rectangles that a parameter was cut into.
+
+    Args:
+        blocks: of the parameter's rule.
+        name: of the tensor.
+        start: its first row that is asked for; as many as `out` has.
+        fill: copies rows of a box, counted in the whole parameter, to a view [rows, columns of the box].
+        out: [rows, ...], filled where a box has it.
+    """
+    flat = out.reshape(len(out), -1) if out.dim() != 2 else out
+    stop = start + len(out)
+    for row, rows, hf, first in blocks:
+        low, high = max(first, start), min(first + rows, stop)
+        if hf != name or low >= high:
+            continue
+        shift = row - first
+        for number, box in enumerate(boxes):
+            top, bottom = max(box.row, low + shift), min(box.row + box.rows, high + shift)
+            if top < bottom:
+                part = flat[top - shift - start : bottom - shift - start, box.column : box.column + box.columns]
+                fill(number, top, bottom, part)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replicated(Rule):
     """The same tensor on every rank."""
 
-    def load(self, read: Read, rank: int, size: int, shape: Shape) -> Tensor:
-        return read(self.hf, slice(None))
+    axis = None
 
-    def export(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
-        return {self.hf: shards[0].clone()}
+    def blocks(self) -> list[Block]:
+        return [Block(0, self.shape[0], self.hf, 0)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowParallel(Rule):
     """Columns (inputs, dimension 1) split over the ranks."""
 
-    def load(self, read: Read, rank: int, size: int, shape: Shape) -> Tensor:
-        return read(self.hf, (slice(None), _part(self.shape[1], rank, size)))
+    axis = 1
 
-    def export(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
-        return {self.hf: torch.cat(list(shards), dim=1)}
+    def blocks(self) -> list[Block]:
+        return [Block(0, self.shape[0], self.hf, 0)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vocab(Rule):
     """Rows split over the ranks after zeros were added below, to as many as Megatron allocated."""
 
-    def load(self, read: Read, rank: int, size: int, shape: Shape) -> Tensor:
-        begin, end = (min(row, self.shape[0]) for row in (rank * shape[0], (rank + 1) * shape[0]))
-        rows = read(self.hf, slice(begin, end))
-        return torch.cat([rows, rows.new_zeros(shape[0] - len(rows), *shape[1:])])
+    padded = True
 
-    def export(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
-        return {self.hf: torch.cat(list(shards), dim=0)[: self.shape[0]]}
+    def blocks(self) -> list[Block]:
+        return [Block(0, self.shape[0], self.hf, 0)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,42 +182,32 @@ class QKV(Rule):
     @property
     def sources(self) -> dict[str, Shape]:
         keys = (self.groups * self.head_dim, *self.shape[1:])
-        return dict(zip(self._names(), (self.shape, keys, keys), strict=True))
+        names = (self.hf.replace("{part}", part) for part in "qkv")
+        return dict(zip(names, (self.shape, keys, keys), strict=True))
 
-    def load(self, read: Read, rank: int, size: int, shape: Shape) -> Tensor:
-        local = self.groups // size
-        parts = [read(name, _part(whole[0], rank, size)) for name, whole in self.sources.items()]
-        return torch.cat([part.unflatten(0, (local, -1)) for part in parts], dim=1).flatten(0, 1)
-
-    def export(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
-        local = self.groups // len(shards)
-        rows = (self.shape[0] // self.groups, self.head_dim, self.head_dim)  # of a group
-        split = [shard.unflatten(0, (local, -1)).split(rows, dim=1) for shard in shards]
-        parts = (torch.cat([groups.flatten(0, 1) for groups in part]) for part in zip(*split, strict=True))
-        return dict(zip(self._names(), parts, strict=True))
-
-    def _names(self) -> list[str]:
-        return [self.hf.replace("{part}", part) for part in "qkv"]
+    def blocks(self) -> list[Block]:
+        found, row = [], 0
+        for group in range(self.groups):
+            for name, (total, *_) in self.sources.items():
+                rows = total // self.groups
+                found.append(Block(row, rows, name, group * rows))
+                row += rows
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class GatedMLP(Rule):
     """Gate and up projections in one: on each rank its rows of the gate, then its rows of up. `hf` has `{part}` for them."""
 
+    parts = 2
+
     @property
     def sources(self) -> dict[str, Shape]:
-        return dict.fromkeys(self._names(), self.shape)
+        return dict.fromkeys((self.hf.replace("{part}", part) for part in ("gate", "up")), self.shape)
 
-    def load(self, read: Read, rank: int, size: int, shape: Shape) -> Tensor:
-        part = _part(self.shape[0], rank, size)
-        return torch.cat([read(name, part) for name in self._names()])
-
-    def export(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
-        halves = zip(*(shard.chunk(2, dim=0) for shard in shards), strict=True)
-        return {name: torch.cat(part) for name, part in zip(self._names(), halves, strict=True)}
-
-    def _names(self) -> list[str]:
-        return [self.hf.replace("{part}", part) for part in ("gate", "up")]
+    def blocks(self) -> list[Block]:
+        rows = self.shape[0]
+        return [Block(number * rows, rows, name, 0) for number, name in enumerate(self.sources)]
 
 
 def expand(rules: Sequence[Rule], num_layers: int, num_experts: int | None) -> tuple[Rule, ...]:
@@ -157,9 +233,3 @@ def _repeat(rules: Sequence[Rule], field: str, times: int, inner: Callable[[Sequ
             for number in range(times):
                 at = [replace(r, name=r.name.replace(field, str(number)), hf=r.hf.replace(field, str(number))) for r in block]
                 yield from inner(at)
-
-
-def _part(length: int, rank: int, size: int) -> slice:
-    """The rank's share of `length` rows in equal parts."""
-    share = length // size
-    return slice(rank * share, (rank + 1) * share)

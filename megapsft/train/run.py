@@ -173,7 +173,7 @@ class Run:
                 record[key] = weighted / tokens if tokens else 0.0
         record["perf/tokens_per_second"] = record["data/real_tokens"] / record["perf/seconds"]
         best = record.get(self.plan.config.checkpoint.best_metric)
-        if best is not None and math.isfinite(best):
+        if best is not None and math.isfinite(best) and step >= phase.policy_from:  # before, the policy was not trained
             self.since_checkpoint.append(best)
         if self.sinks:
             self.sinks.write_step(self._record(step, phase) | {"epoch": self.source.sampler.epoch(step + 1)} | record)

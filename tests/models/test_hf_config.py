@@ -66,6 +66,15 @@ def test_linear_rope_under_its_oldest_spelling():
 
 
 BASE = PLAIN | dict(rope_theta=1e4)
+FP8 = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[128, 128])
+
+
+def test_blocks_of_fp8_weights():
+    assert HFConfig.parse(BASE).fp8_block is None
+    assert HFConfig.parse(BASE | dict(quantization_config=None)).fp8_block is None
+    assert HFConfig.parse(BASE | dict(quantization_config=FP8 | dict(modules_to_not_convert=["lm_head"]))).fp8_block == (128, 128)
+    short = dict(quant_method="fp8", weight_block_size=[64, 256])  # what is left out is as above
+    assert HFConfig.parse(BASE | dict(quantization_config=short)).fp8_block == (64, 256)
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
@@ -84,7 +93,14 @@ def test_a_missing_key_is_named(key):
         (dict(use_sliding_window=True), "use_sliding_window=True.*must be full attention"),
         (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types=.*must be full attention"),
         (dict(hidden_act="gelu"), "hidden_act=gelu: must be silu"),
-        (dict(quantization_config=dict(quant_method="fp8")), "quantization_config=fp8: quantised weights"),
+        (dict(quantization_config=dict(quant_method="awq")), "quantization_config.quant_method=awq: must be fp8"),
+        (dict(quantization_config=dict(bits=4)), "quantization_config.quant_method=None: must be fp8"),
+        (dict(quantization_config=FP8 | dict(fmt="e5m2")), "quantization_config.fmt=e5m2: must be e4m3"),
+        (dict(quantization_config=FP8 | dict(activation_scheme="static")), "activation_scheme=static: must be dynamic"),
+        (dict(quantization_config=FP8 | dict(weight_block_size=None)), "weight_block_size=None: must be rows and columns"),
+        (dict(quantization_config=FP8 | dict(weight_block_size=[128])), r"weight_block_size=\[128\]: must be rows and columns"),
+        (dict(quantization_config=FP8 | dict(weight_block_size=[128, 0])), r"weight_block_size=\[128, 0\]: must be rows"),
+        (dict(quantization_config=FP8 | dict(weight_block_size=[128, True])), r"weight_block_size=\[128, True\]: must be rows"),
         (dict(hidden_size=65), "hidden_size=65: is not divided by num_attention_heads=4"),
         (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "rope type 'yarn': is not known"),
         (dict(rope_scaling=dict(rope_type="llama3", factor=4.0)), "low_freq_factor of rope type 'llama3': is missing"),
