@@ -29,8 +29,11 @@ def test_sigkill_and_start_again(family, split, tiny_models, tiny_data, tmp_path
     killed = start(tiny_models(family), tiny_data, tmp_path / "killed", split)
     metrics = tmp_path / "killed" / "metrics.jsonl"
     wait_for(lambda: count(metrics) >= 6 * UPDATES and (tmp_path / "killed/checkpoints/latest").exists(), killed)
-    killed.kill()  # SIGKILL for the launcher alone: its ranks go with it
+    family_of_processes = descendants(killed.pid)
+    assert len(family_of_processes) >= 4  # two ranks, each with a process that helps it to save
+    killed.kill()  # SIGKILL for the launcher alone: its ranks go with it, and theirs with them
     killed.wait()
+    wait_until_gone(family_of_processes)
     written = count(metrics)
     assert written < (STEPS + WARMUP) * UPDATES, "the run ended before it could be killed"
 
@@ -57,6 +60,38 @@ def start(model: Path, data: Path, run: Path, split: list[str]) -> subprocess.Po
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
+
+
+def descendants(process: int) -> dict[int, str]:
+    """Process id -> when it was started, of all children and theirs."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended in between
+            continue
+        parents[int(path.parent.name)] = (int(fields[1]), fields[19])
+    found, left = {}, {process}
+    while left:
+        left = {child for child, (parent, _) in parents.items() if parent in left}
+        found |= {child: parents[child][1] for child in left}
+    return found
+
+
+def wait_until_gone(processes: dict[int, str], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while alive := [process for process, began in processes.items() if started(process) == began]:
+        assert time.monotonic() < deadline, f"outlived the run: {[Path(f'/proc/{p}/cmdline').read_text() for p in alive]}"
+        time.sleep(0.05)
+
+
+def started(process: int) -> str | None:
+    """When a process was started; None where it has ended."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else fields[19]
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None:
