@@ -167,7 +167,7 @@ def export(
     """
     from megapsft.checkpoint.export import export_run
 
-    return _converted(export_run(run, out, checkpoint, dtype))
+    return _converted(False, export_run(run, out, checkpoint, dtype))
 
 
 def init_model(
@@ -299,6 +299,7 @@ def hf_to_megatron(
     max_memory: str = "600MiB",
     workers: int = 4,
     verify: bool = False,
+    dry_run: bool = False,
 ) -> int:
     """Convert a Hugging Face folder to a torch_dist checkpoint that Megatron loads under any split. No GPU, bounded memory.
 
@@ -319,12 +320,13 @@ def hf_to_megatron(
         max_memory: that the process may have, with all it needs.
         workers: threads that read and write.
         verify: read the result back, and compare it with the source bit by bit.
+        dry_run: check everything, say what would be written, write nothing.
     """
     from megapsft.checkpoint.convert import hf_to_megatron as to_megatron
     from megapsft.checkpoint.convert.workers import Options
 
-    options = Options(max_memory=_size(max_memory), workers=workers, read_back=verify)
-    return _converted(to_megatron.hf_to_megatron(hf, out, dtype, adapter, keep_adapter, options))
+    options = Options(max_memory=_size(max_memory), workers=workers, read_back=verify, dry_run=dry_run)
+    return _converted(dry_run, to_megatron.hf_to_megatron(hf, out, dtype, adapter, keep_adapter, options))
 
 
 def megatron_to_hf(
@@ -338,6 +340,7 @@ def megatron_to_hf(
     max_memory: str = "600MiB",
     workers: int = 4,
     verify: bool = False,
+    dry_run: bool = False,
 ) -> int:
     """Convert a torch_dist checkpoint, saved under any split, to a Hugging Face folder. No GPU, bounded memory.
 
@@ -358,12 +361,13 @@ def megatron_to_hf(
         max_memory: that the process may have, with all it needs.
         workers: threads that read and write.
         verify: read the result back, and compare it with the source bit by bit.
+        dry_run: check everything, say what would be written, write nothing.
     """
     from megapsft.checkpoint.convert import megatron_to_hf as to_hf
     from megapsft.checkpoint.convert.workers import Options
 
-    options = Options(max_memory=_size(max_memory), workers=workers, read_back=verify)
-    return _converted(to_hf.megatron_to_hf(megatron, out, hf, dtype, fp8_blockwise, _size(max_shard_size), options))
+    options = Options(max_memory=_size(max_memory), workers=workers, read_back=verify, dry_run=dry_run)
+    return _converted(dry_run, to_hf.megatron_to_hf(megatron, out, hf, dtype, fp8_blockwise, _size(max_shard_size), options))
 
 
 def verify(
@@ -391,6 +395,8 @@ def verify(
         max_memory: that the process may have, with all it needs; not with --logits.
         workers: threads that read.
     """
+    from rich.filesize import decimal
+
     from megapsft.checkpoint.convert.verify import verify as compare
     from megapsft.checkpoint.convert.workers import Options
 
@@ -403,7 +409,7 @@ def verify(
         print(f"note: {note}")
     for problem in report.problems:
         print(f"DIFFERENT: {problem}")
-    print(f"{report.equal} of {report.tensors} tensors are equal bit by bit, {report.nbytes / 1e9:.2f} GB read")
+    print(f"{report.equal} of {report.tensors} tensors are equal bit by bit, {decimal(report.nbytes)} read")
     return 1 if report.problems else 0
 
 
@@ -413,7 +419,9 @@ def _size(text: str) -> int:
     return parse_size(text)
 
 
-def _converted(result: Result) -> int:
+def _converted(dry_run: bool, result: Result) -> int:
+    from rich.filesize import decimal
+
     for text in result.warnings:
         print(f"megapsft: warning: {text}", file=sys.stderr)
     for name, count in list(result.nonfinite.items())[:10]:
@@ -421,7 +429,8 @@ def _converted(result: Result) -> int:
     if len(result.nonfinite) > 10:
         print(f"megapsft: warning: and {len(result.nonfinite) - 10} more tensors have such, see conversion.json", file=sys.stderr)
     again = f", {result.resumed} of them by an earlier attempt" if result.resumed else ""
-    print(f"wrote {result.out}: {result.tensors} tensors{again}, {result.nbytes / 1e9:.2f} GB")
+    done = "would write" if dry_run else "wrote"
+    print(f"{done} {result.out}: {result.tensors} tensors{again}, {decimal(result.nbytes)}")
     return 0
 
 

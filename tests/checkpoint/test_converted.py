@@ -16,6 +16,7 @@ from megapsft.checkpoint.convert.hf_to_megatron import hf_to_megatron
 from megapsft.checkpoint.convert.megatron_to_hf import megatron_to_hf
 from megapsft.checkpoint.convert.verify import verify
 from megapsft.checkpoint.hf_folder import SINGLE
+from megapsft.cli import main
 from tests.checkpoint.test_dist import train_to_end
 from tests.invariants.splits import Split, split
 
@@ -55,3 +56,18 @@ def first_update(model: Path, data: Path, run: Path, on: Split) -> dict[str, flo
     """Metrics of the one update of a run with PSFT."""
     (record,) = train_to_end(model, data, run, on, ("train.sft_warmup_steps=0", "train.steps=1", "train.minibatch_size=8"))
     return record
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing(tiny_models, tmp_path, capsys):
+    command = ["convert", "hf-to-megatron", "--hf", str(tiny_models("qwen3")), "--out", str(tmp_path / "a/out")]
+    assert main([*command, "--dry-run"]) == 0
+    assert f"would write {tmp_path / 'a/out'}: 47 tensors, 1.1 MB" in capsys.readouterr().out
+    assert main([*command, "--dry-run", "--max-memory", "10MiB"]) == 2
+    assert "is not enough" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert main(command) == 0
+    back = ["convert", "megatron-to-hf", "--megatron", str(tmp_path / "a/out"), "--out", str(tmp_path / "hf"), "--dry-run"]
+    assert main(back) == 0
+    assert not (tmp_path / "hf").exists()
+    assert main([*back[:5], str(tmp_path / "a/out"), *back[6:]]) == 2  # where something is already
+    assert "exists and is not an empty folder" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 
 from megapsft import __version__
 from megapsft.checkpoint.convert.copy import check_memory, copy, read_back
@@ -19,7 +20,7 @@ from megapsft.checkpoint.convert.manifest import MANIFEST, MAPPING, describe, wr
 from megapsft.checkpoint.convert.target import Target
 from megapsft.checkpoint.convert.workers import Options
 from megapsft.checkpoint.files.direct import refuse_full
-from megapsft.checkpoint.unfinished import Unfinished
+from megapsft.checkpoint.unfinished import Unfinished, check_free
 from megapsft.checkpoint.weights import Weights
 from megapsft.checkpoint.weights.beside import Beside
 from megapsft.checkpoint.weights.hashed import Hashed
@@ -59,11 +60,13 @@ class Result:
 
 
 def convert(plan: Conversion, out: Path) -> Result:
-    """Write `out`, from where an earlier attempt with the same plan ended.
+    """Write `out`, from where an earlier attempt with the same plan ended; nothing where `options.dry_run`.
 
     Raises:
         Refused: `out` is taken or cannot be written, the disk is too small, the memory too, a source ends too early.
     """
+    if plan.options.dry_run:
+        return _preview(plan, out)
     unfinished = Unfinished(out)
     fingerprint = _fingerprint(plan)
     resumes = matches(unfinished.folder, fingerprint)
@@ -94,6 +97,19 @@ def convert(plan: Conversion, out: Path) -> Result:
         nonfinite=nonfinite,
         warnings=plan.warnings,
     )
+
+
+def _preview(plan: Conversion, out: Path) -> Result:
+    """All checks of a conversion, and what it would write."""
+    check_free(out)
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
+    target = plan.target(out)
+    if target.nbytes > (free := shutil.disk_usage(there).free):
+        raise _no_room(there, target.nbytes, free)
+    _check_same(plan.weights, target)
+    check_memory(plan.weights, plan.sources, target, plan.options)
+    tensors = len(target.tensors)
+    return Result(out=out, tensors=tensors, nbytes=target.nbytes, resumed=0, nonfinite={}, warnings=plan.warnings)
 
 
 def _write(plan: Conversion, target: Target, unfinished: Unfinished, fingerprint: str) -> tuple[dict[str, Done], int]:
@@ -139,8 +155,12 @@ def _check_room(target: Target, folder: Path) -> None:
     there = sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
     needed, free = target.nbytes - there + SLACK * (target.nbytes > SLACK), shutil.disk_usage(folder).free
     if needed > free:
-        rule = f"has {free / 1e9:.2f} GB free; {needed / 1e9:.2f} GB more are needed"
-        raise Refused(f"the disk of {folder.parent}", rule, "free some space, or write to another disk")
+        raise _no_room(folder.parent, needed, free)
+
+
+def _no_room(folder: Path, needed: int, free: int) -> Refused:
+    rule = f"has {decimal(free)} free; {decimal(needed)} more are needed"
+    return Refused(f"the disk of {folder}", rule, "free some space, or write to another disk")
 
 
 def _fingerprint(plan: Conversion) -> str:

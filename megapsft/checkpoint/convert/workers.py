@@ -28,6 +28,7 @@ class Options:
     workers: int = 4
     progress: bool = True
     direct: bool = True  # past the page cache, where the file system allows
+    dry_run: bool = False  # check everything, write nothing
     read_back: bool = False  # read what was written, and compare it
     sync_every: float = 5.0  # seconds after which what is written is made safe, and need not be done again
 
