@@ -26,12 +26,13 @@ extras = {
     "report": ["matplotlib"],
     "gpu": ["transformer-engine[pytorch]"],
     "bench": ["accelerate"],
+    "math": ["math-verify>=0.9"],  # the reward math_answer; never its own extras: they pin another antlr
     # the head's kernels in Triton's interpreter, without a GPU; that interpreter (3.6) fails with numpy 2.4's integers. On a GPU
     # torch brings its own triton
     "kernels": ["triton; sys_platform == 'linux'", "numpy<2.4"],
     "dev": ["ruff", "pytest", "pytest-timeout"],
 }
-extras["laptop"] = sorted({p for name in ("data", "track", "report", "bench", "kernels", "dev") for p in extras[name]})
+extras["laptop"] = sorted({p for name in ("data", "track", "report", "bench", "math", "kernels", "dev") for p in extras[name]})
 
 setup(
     name="megapsft",

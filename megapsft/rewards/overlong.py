@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from megapsft.errors import Refused
+from megapsft.rewards._base import Base, Part, Response
+from megapsft.rewards._pool import Pool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlong(Base):
+    """`overlong_penalty` of the tokens of the response, as a part of the sum."""
+
+    max_response_length: int  # tokens: the limit of the engine
+    buffer: int  # tokens, 1..max_response_length
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        overlong_penalty(0, self.max_response_length, self.buffer, self.factor)  # refuses what is wrong
+
+    def __call__(self, responses: Sequence[Response], pool: Pool) -> list[Part]:
+        options = (self.max_response_length, self.buffer, self.factor)
+        return [Part(overlong_penalty(response.tokens, *options)) for response in responses]
 
 
 def overlong_penalty(length: int, max_response_length: int, buffer: int, factor: float = 1.0) -> float:

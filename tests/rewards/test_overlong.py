@@ -3,7 +3,11 @@
 import pytest
 
 from megapsft.errors import Refused
-from megapsft.rewards.overlong import overlong_penalty
+from megapsft.rewards._base import Response
+from megapsft.rewards.overlong import Overlong, overlong_penalty
+
+REQUIRED = {"max_response_length": 10, "buffer": 4}  # for the contract
+VARIANTS = [{"factor": 0.5}]
 
 
 @pytest.mark.parametrize(
@@ -26,3 +30,11 @@ def test_refuses_and_says_what_would_be_right(buffer, factor, said):
     with pytest.raises(Refused) as refused:
         overlong_penalty(5, 10, buffer, factor)
     assert said in str(refused.value)
+
+
+def test_as_a_reward_it_counts_the_tokens_of_the_response():
+    responses = [Response(prompt="?", text="text", tokens=tokens, source="a.jsonl:1") for tokens in (6, 7, 10)]
+    parts = Overlong(**REQUIRED, factor=2.0)(responses, None)
+    assert [part.value for part in parts] == [0.0, -0.5, -2.0]
+    with pytest.raises(Refused, match="buffer=11"):
+        Overlong(max_response_length=10, buffer=11)
