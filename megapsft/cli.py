@@ -498,6 +498,10 @@ def main(arguments: list[str] | None = None) -> int:
         return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="megapsft", args=arguments, description=__doc__)
     except Refused as error:
         return _complain(error)
+    except KeyboardInterrupt:
+        if _is_first():
+            print("megapsft: interrupted; the same command again goes on from there, or begins again", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

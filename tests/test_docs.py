@@ -113,6 +113,15 @@ def test_examples_of_configs_load(tmp_path):
         assert phases(load_config(tmp_path / "example.yaml"))
 
 
+def test_the_example_of_a_conversion_runs(tiny_models, tmp_path, monkeypatch):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/conversion.md").read_text(), re.DOTALL)
+    shutil.copytree(tiny_models("qwen3_moe"), tmp_path / "Qwen3-30B-A3B")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(block, names)
+    assert names["report"].equal == names["report"].tensors == 135
+
+
 @pytest.fixture(scope="module")
 def rows(tiny_data, tmp_path_factory):
     """A file for each data.kind."""

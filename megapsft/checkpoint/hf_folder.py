@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megapsft.checkpoint.weights import Weights, rows_of
 from megapsft.checkpoint.weights.fp8 import BLOCK, FP8, SCALE, Dequantised
-from megapsft.checkpoint.weights.hf import INDEX, SINGLE, HFWeights, read_json, some
+from megapsft.checkpoint.weights.hf import INDEX, SINGLE, HFWeights, numbered, read_json, some
 from megapsft.checkpoint.weights.torch_dist import DistWeights
 from megapsft.errors import Refused
 from megapsft.models.family import Family
@@ -102,7 +102,8 @@ def is_converted(model_dir: str | Path) -> bool:
 def is_hf(model_dir: str | Path) -> bool:
     """Whether the folder holds a config beside safetensors."""
     folder = Path(model_dir)
-    return (folder / "config.json").is_file() and ((folder / SINGLE).is_file() or (folder / INDEX).is_file())
+    weights = (folder / SINGLE).is_file() or (folder / INDEX).is_file() or bool(numbered(folder))
+    return (folder / "config.json").is_file() and weights
 
 
 def check_keys(rules: Sequence[Rule], found: Mapping[str, Shape], tied: bool) -> None:

@@ -168,6 +168,37 @@ def save_twice(model: Path, out: Path) -> tuple[str, bool]:
     return "", finished
 
 
+class TestShardsWithoutIndex:
+    @pytest.fixture
+    def sharded(self, model) -> Path:
+        (shard(model) / INDEX).unlink()
+        return model.with_name("sharded")
+
+    def test_they_are_read(self, sharded, model):
+        check(sharded)
+        source, found = load_file(model / SINGLE), tensors(sharded)
+        assert found.keys() == source.keys()
+        assert all(torch.equal(found[name], source[name]) for name in source)
+
+    def test_one_that_is_missing(self, sharded):
+        sorted(sharded.glob("*.safetensors"))[1].unlink()
+        with pytest.raises(Refused, match="has no model.safetensors.index.json, and its files .* are not all of one numbering"):
+            check(sharded)
+
+    def test_one_of_another_export(self, sharded):
+        first = sorted(sharded.glob("*.safetensors"))[0]
+        shutil.copyfile(first, sharded / "model-00001-of-00002.safetensors")
+        with pytest.raises(Refused, match="are not all of one numbering"):
+            check(sharded)
+
+    def test_a_tensor_in_two_of_them(self, sharded):
+        first, second = sorted(sharded.glob("*.safetensors"))[:2]
+        (name, tensor), *_ = load_file(first).items()
+        save_file(load_file(second) | {name: tensor}, second)
+        with pytest.raises(Refused, match=f"has tensors in two of its files: {name}"):
+            check(sharded)
+
+
 class TestRead:
     def test_slices(self, model):
         name, whole = "model.layers.1.self_attn.o_proj.weight", load_file(model / SINGLE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from megapsft.checkpoint.files.safetensors import Found, read_header
 from megapsft.errors import Refused
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 SHOWN = 5  # names in a message
 
 
@@ -55,7 +57,7 @@ class FileWeights:
 
 
 class HFWeights(FileWeights):
-    """The safetensors of a Hugging Face folder: model.safetensors, or what model.safetensors.index.json lists.
+    """The safetensors of a Hugging Face folder: model.safetensors, what model.safetensors.index.json lists, or numbered shards.
 
     Raises:
         Refused: no safetensors (pickles are not read), a file that the index lists but is not there, a truncated or corrupt
@@ -75,11 +77,33 @@ def _tensors(folder: Path) -> dict[Path, dict[str, Found]]:
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise Refused(str(index), "has no weight_map of tensors to files", "download or copy the folder again")
         return _indexed(index, weight_map)
+    if numbered(folder):
+        return _numbered(folder, numbered(folder))
     pickles = sorted(folder.glob("*.bin")) + sorted(folder.glob("*.pt*"))
     if pickles:
         remedy = f"convert it: AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(...) writes safetensors"
         raise Refused(str(pickles[0]), "is a pickle, which can run code when it is read; only safetensors are", remedy)
     raise Refused(str(folder), f"has neither {SINGLE} nor {INDEX}", "name a folder with the weights in it")
+
+
+def numbered(folder: Path) -> dict[str, tuple[int, int]]:
+    """The files of a folder that call themselves `...-00001-of-00003.safetensors`, with their two numbers."""
+    matches = {path.name: NUMBERED.search(path.name) for path in sorted(folder.glob("*.safetensors"))}
+    return {name: (int(found[1]), int(found[2])) for name, found in matches.items() if found}
+
+
+def _numbered(folder: Path, files: Mapping[str, tuple[int, int]]) -> dict[Path, dict[str, Found]]:
+    """Shards without an index, which say themselves how many they are."""
+    wanted = [(number, count) for count in {count for _, count in files.values()} for number in range(1, count + 1)]
+    if sorted(files.values()) != sorted(wanted):
+        rule = f"has no {INDEX}, and its files {some(list(files))} are not all of one numbering"
+        raise Refused(str(folder), rule, "download or copy the folder again, with its index")
+    found = {folder / name: read_header(folder / name) for name in files}
+    names = [tensor for places in found.values() for tensor in places]
+    twice = sorted({tensor for tensor in names if names.count(tensor) > 1}) if len(names) != len(set(names)) else []
+    if twice:
+        raise Refused(str(folder), f"has tensors in two of its files: {some(twice)}", "download or copy the folder again")
+    return found
 
 
 def _indexed(index: Path, weight_map: Mapping[str, str]) -> dict[Path, dict[str, Found]]:
@@ -96,7 +120,9 @@ def _indexed(index: Path, weight_map: Mapping[str, str]) -> dict[Path, dict[str,
         listed = {name for name, where in weight_map.items() if where == file}
         lacking, more = sorted(listed - set(found[path])), sorted(set(found[path]) - listed)
         if lacking or more:
-            rule = f"lacks tensors that {INDEX} lists in it: {some(lacking)}" if lacking else f"has tensors that {INDEX} does not list in it: {some(more)}"  # noqa: E501
+            rule = f"lacks tensors that {INDEX} lists in it: {some(lacking)}"
+            if not lacking:
+                rule = f"has tensors that {INDEX} does not list in it: {some(more)}"
             raise Refused(str(path), rule, "download or copy the folder again")
     return found
 
