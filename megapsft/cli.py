@@ -434,10 +434,26 @@ def _converted(dry_run: bool, result: Result) -> int:
     return 0
 
 
+def convert(*arguments: str) -> int:
+    """Convert weights from Hugging Face to Megatron and back, and compare them: megapsft convert --help.
+
+    For example:
+        megapsft convert hf-to-megatron --hf Qwen3-30B-A3B --out ckpt
+        megapsft convert megatron-to-hf --megatron runs/x --out hf
+        megapsft convert verify --hf hf --against runs/x
+
+    Args:
+        arguments: which conversion, and its options.
+    """
+    about = "Convert weights from Hugging Face to Megatron and back, and compare them."
+    return tyro.extras.subcommand_cli_from_dict(CONVERT, prog="megapsft convert", args=arguments, description=about)
+
+
 COMMANDS = {
     "train": train,
     "probe": probe,
     "export": export,
+    "convert": convert,
     "init-model": init_model,
     "make-data": make_data,
     "config": config,
@@ -493,8 +509,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = [a for a in arguments if a not in OVERRIDES]
     try:
         if arguments[:1] == ["convert"]:
-            about = "Convert weights from Hugging Face to Megatron and back, and compare them."
-            return tyro.extras.subcommand_cli_from_dict(CONVERT, prog="megapsft convert", args=arguments[1:], description=about)
+            return convert(*arguments[1:])
         return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="megapsft", args=arguments, description=__doc__)
     except Refused as error:
         return _complain(error)

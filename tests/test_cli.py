@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from megapsft.checkpoint.hf import read_config
-from megapsft.cli import COMMANDS, main
+from megapsft.cli import COMMANDS, CONVERT, main
 from megapsft.models.families import parameter_count
 from tests.command import megapsft
 
@@ -52,6 +54,18 @@ def test_help_lists_the_commands(capsys):
     assert done.value.code == 0
     text = capsys.readouterr().out
     assert all(command in text for command in COMMANDS)
+
+
+@pytest.mark.parametrize("conversion", CONVERT)
+def test_help_of_the_conversions_and_of_their_scripts(conversion, capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["convert", conversion, "--help"])
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    assert re.search(rf"For example:\s.*megapsft convert {conversion}", text, re.DOTALL)
+    script = Path(__file__).parents[1] / "tools/convert" / (conversion.replace("-", "_") + ".py")
+    run = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
+    assert (run.returncode, run.stdout.splitlines()[0]) == (0, text.splitlines()[0])
 
 
 def test_help_of_the_installed_command():

@@ -12,6 +12,7 @@ import errno
 import mmap
 import os
 import threading
+import weakref
 from pathlib import Path
 
 import torch
@@ -64,6 +65,7 @@ class Source:
         self._plain = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.size = os.fstat(self._plain).st_size
         self._direct = _open_direct(path, os.O_RDONLY) if direct else None
+        self.close = weakref.finalize(self, _close, self._plain, self._direct)  # also when nobody has it any more
         if self._direct is not None:  # what is read through the cache all the same is small, and not followed by more
             os.posix_fadvise(self._plain, 0, 0, os.POSIX_FADV_RANDOM)
 
@@ -105,11 +107,6 @@ class Source:
             if done < needed and done % PAGE and descriptor != self._plain:
                 raise OSError(errno.EINVAL, "a direct read ended within a page, where none can begin")
 
-    def close(self) -> None:
-        for descriptor in (self._plain, self._direct):
-            if descriptor is not None:
-                os.close(descriptor)
-
 
 class Target:
     """A file of known size that is written by several threads, each its own places.
@@ -128,6 +125,7 @@ class Target:
             if os.fstat(self._plain).st_size != size:
                 _allocate(self._plain, size)
         self._direct = _open_direct(path, os.O_WRONLY) if direct else None
+        self.close = weakref.finalize(self, _close, self._plain, self._direct)
 
     def write(self, offset: int, data: Tensor) -> None:
         """Put `data`, uint8 at the start of a page of memory, at `offset`.
@@ -157,11 +155,6 @@ class Target:
         with refuse_full(self.path):
             os.fdatasync(self._plain)
 
-    def close(self) -> None:
-        for descriptor in (self._plain, self._direct):
-            if descriptor is not None:
-                os.close(descriptor)
-
 
 def has_size(path: Path, size: int) -> bool:
     """Whether there is a file of so many bytes."""
@@ -187,6 +180,12 @@ def refuse_full(path: Path):
             raise
         remedy = "free some space, or write to another disk; run the same command again to go on from here"
         raise Refused(str(path), f"cannot grow: {os.strerror(error.errno)}", remedy) from None
+
+
+def _close(*descriptors: int | None) -> None:
+    for descriptor in descriptors:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _open_direct(path: Path, flags: int) -> int | None:

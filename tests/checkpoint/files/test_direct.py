@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import random
 
@@ -153,3 +154,13 @@ def test_pages():
     for offset in EDGES:
         assert page_floor(offset) <= offset <= page_ceil(offset) < offset + PAGE
         assert page_floor(offset) % PAGE == page_ceil(offset) % PAGE == 0
+
+
+def test_files_are_closed_when_nobody_has_them_any_more(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(10))
+    before = os.listdir("/proc/self/fd")
+    for _ in range(5):
+        Source(tmp_path / "file", Buffers())
+        Target(tmp_path / "file", 10)
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == len(before)
