@@ -296,7 +296,7 @@ def hf_to_megatron(
     dtype: Literal["bf16", "fp16", "fp32"] | None = None,
     adapter: Path | None = None,
     keep_adapter: bool = False,
-    max_memory: str = "600MiB",
+    max_memory: str | None = None,
     workers: int = 4,
     verify: bool = False,
     dry_run: bool = False,
@@ -317,7 +317,7 @@ def hf_to_megatron(
         dtype: of the checkpoint; default: as stored, FP8 as bf16.
         adapter: folder of a LoRA adapter that PEFT saved, which is merged into the weights.
         keep_adapter: do not merge it, but keep it beside the base; megatron-to-hf gives it back.
-        max_memory: that the process may have, with all it needs.
+        max_memory: that the process may have, with all it needs; default: 600MiB.
         workers: threads that read and write.
         verify: read the result back, and compare it with the source bit by bit.
         dry_run: check everything, say what would be written, write nothing.
@@ -325,7 +325,7 @@ def hf_to_megatron(
     from megapsft.checkpoint.convert import hf_to_megatron as to_megatron
     from megapsft.checkpoint.convert.workers import Options
 
-    options = Options(max_memory=_size(max_memory), workers=workers, read_back=verify, dry_run=dry_run)
+    options = Options(max_memory=_memory(max_memory), workers=workers, read_back=verify, dry_run=dry_run)
     return _converted(dry_run, to_megatron.hf_to_megatron(hf, out, dtype, adapter, keep_adapter, options))
 
 
@@ -337,7 +337,7 @@ def megatron_to_hf(
     dtype: Literal["bf16", "fp16", "fp32"] | None = None,
     fp8_blockwise: bool = False,
     max_shard_size: str = "5GB",
-    max_memory: str = "600MiB",
+    max_memory: str | None = None,
     workers: int = 4,
     verify: bool = False,
     dry_run: bool = False,
@@ -358,7 +358,7 @@ def megatron_to_hf(
         dtype: of the weights; default: as stored.
         fp8_blockwise: linear layers in FP8 (e4m3), with a scale for each block of 128 x 128, as SGLang and vLLM read them.
         max_shard_size: most bytes of weights in a file.
-        max_memory: that the process may have, with all it needs.
+        max_memory: that the process may have, with all it needs; default: 600MiB.
         workers: threads that read and write.
         verify: read the result back, and compare it with the source bit by bit.
         dry_run: check everything, say what would be written, write nothing.
@@ -366,7 +366,7 @@ def megatron_to_hf(
     from megapsft.checkpoint.convert import megatron_to_hf as to_hf
     from megapsft.checkpoint.convert.workers import Options
 
-    options = Options(max_memory=_size(max_memory), workers=workers, read_back=verify, dry_run=dry_run)
+    options = Options(max_memory=_memory(max_memory), workers=workers, read_back=verify, dry_run=dry_run)
     return _converted(dry_run, to_hf.megatron_to_hf(megatron, out, hf, dtype, fp8_blockwise, _size(max_shard_size), options))
 
 
@@ -376,7 +376,7 @@ def verify(
     against: Path,
     model: Path | None = None,
     logits: bool = False,
-    max_memory: str = "600MiB",
+    max_memory: str | None = None,
     workers: int = 4,
 ) -> int:
     """Compare a Hugging Face folder with another, or with a checkpoint: config, names, shapes, every bit, and the manifests.
@@ -392,7 +392,7 @@ def verify(
         against: another one, a run, one of its checkpoints, what hf-to-megatron made, or Megatron-LM's --save.
         model: folder with the config of `against`, where it is a checkpoint that does not say it itself.
         logits: also run both on a sample of tokens, the folder in transformers; both models must fit into memory.
-        max_memory: that the process may have, with all it needs; not with --logits.
+        max_memory: that the process may have, with all it needs, but for --logits; default: 600MiB.
         workers: threads that read.
     """
     from rich.filesize import decimal
@@ -400,7 +400,7 @@ def verify(
     from megapsft.checkpoint.convert.verify import verify as compare
     from megapsft.checkpoint.convert.workers import Options
 
-    report = compare(hf, against, model, Options(max_memory=_size(max_memory), workers=workers))
+    report = compare(hf, against, model, Options(max_memory=_memory(max_memory), workers=workers))
     if logits:
         from megapsft.checkpoint.convert.logits import compare_logits
 
@@ -411,6 +411,10 @@ def verify(
         print(f"DIFFERENT: {problem}")
     print(f"{report.equal} of {report.tensors} tensors are equal bit by bit, {decimal(report.nbytes)} read")
     return 1 if report.problems else 0
+
+
+def _memory(text: str | None) -> int | None:
+    return None if text is None else _size(text)
 
 
 def _size(text: str) -> int:

@@ -68,7 +68,7 @@ def test_bf16_resumes_on_another_split_with_its_fp32_main_parameters(tiny_models
     forget_after_the_save(tmp_path / "run")
     again = train_to_end(tiny_models("qwen3"), tiny_data, tmp_path / "run", after, bf16)
     # bf16 rounds a weight the other way now and then; without the main parameters the difference would be 1e-3
-    assert [r["train/loss"] for r in again] == pytest.approx([r["train/loss"] for r in whole], rel=2e-5)
+    assert [r["train/loss"] for r in again] == pytest.approx([r["train/loss"] for r in whole], rel=1e-4)
 
 
 def test_only_the_last_checkpoints_and_the_best_are_kept(tiny_models, tiny_data, tmp_path):

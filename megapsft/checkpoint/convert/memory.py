@@ -12,6 +12,7 @@ from megapsft.checkpoint.files.direct import PAGE, page_floor
 from megapsft.errors import Refused
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+DEFAULT, ROOM = 600 * 2**20, 256 * 2**20  # bytes
 RESERVE = 48 * 2**20  # that Python, the journal and the file system's requests take meanwhile
 BLOCK = 128  # rows
 LARGEST, SMALLEST = 16 * 2**20, 2**18  # windows: larger ones are no faster, smaller ones much slower
@@ -37,10 +38,11 @@ def parse_size(text: str) -> int:
     return size
 
 
-def plan(max_memory: int, workers: int, copies: int, largest_row: int) -> Budget:
+def plan(max_memory: int | None, workers: int, copies: int, largest_row: int) -> Budget:
     """Windows such that the process stays below `max_memory` bytes.
 
     Args:
+        max_memory: None for DEFAULT, or in a process that has most of that already, for ROOM beyond what it has.
         workers: threads that are wished for; fewer where the memory does not allow as many.
         copies: windows that a worker holds at once, whatever it does to them.
         largest_row: bytes of the largest row of any tensor; a window has one row at least.
@@ -50,6 +52,8 @@ def plan(max_memory: int, workers: int, copies: int, largest_row: int) -> Budget
     """
     if workers < 1:
         raise Refused(f"workers={workers}", "must be 1 or more", "use 4")
+    if max_memory is None:
+        max_memory = max(DEFAULT, resident() + ROOM)
     free = max_memory - resident() - RESERVE
     least = max(SMALLEST, largest_row)
     while workers > 1 and free // (workers * copies) < least:

@@ -24,7 +24,7 @@ LARGE = 2**28  # bytes: such tensors come first, so that at the end no thread is
 class Options:
     """How to convert, whatever the direction."""
 
-    max_memory: int = 600 * 2**20  # bytes that the process may have
+    max_memory: int | None = None  # bytes that the process may have; None: 600 MiB, or 256 MiB more than a large one has
     workers: int = 4
     progress: bool = True
     direct: bool = True  # past the page cache, where the file system allows
