@@ -21,9 +21,21 @@ venv: .venv/.installed
 quickstart: venv
 	$(PY) -m quickstart
 
+## sglang      the environment of SGLang's servers in .venv-sglang; does nothing where nothing changed
+.PHONY: sglang
+sglang: .venv-sglang/.installed
+
+.venv-sglang/.installed: requirements/sglang.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "make: needs Python 3.11 or newer, and $(PYTHON) is not; name another: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 1; }
+	@echo "installing SGLang into .venv-sglang (a few minutes and 3 GB, once)"
+	$(PYTHON) -m venv .venv-sglang
+	.venv-sglang/bin/python -m pip install --quiet --no-deps -r requirements/sglang.txt
+	@touch $@
+
 ## test        lint and the whole test suite
 .PHONY: test
-test: venv
+test: venv sglang
 	$(PY) -m ruff check .
 	$(PY) -m pytest
 
@@ -53,11 +65,11 @@ bench-head: venv
 docs: venv
 	$(PY) docs/generate.py
 
-## clean       remove the quickstart's output and the tools' caches; .venv and your runs stay
+## clean       remove the quickstart's output and the tools' caches; .venv, .venv-sglang and your runs stay
 .PHONY: clean
 clean:
 	rm -rf runs/quickstart build dist .pytest_cache .ruff_cache
-	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 ## help        this list
 .PHONY: help

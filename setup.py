@@ -10,6 +10,7 @@ core = [
     "megatron-core>=0.16.1,<0.20",
     "psutil",  # megatron's asynchronous checkpoint writer hangs without it
     "einops",
+    "httpx",  # to SGLang's servers
     "numpy",
     "safetensors>=0.5",
     "transformers>=5.0,<6",
@@ -43,6 +44,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megapsft", "megapsft.*"]),
+    package_data={"megapsft.rollout.sglang": ["cpu/*.py"]},  # of the servers' interpreter; never imported in ours
     install_requires=core,
     extras_require=extras,
     entry_points={"console_scripts": ["megapsft = megapsft.cli:main"]},

@@ -385,7 +385,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
     )
     plan = our_plan(settings, model, data, folder)
     steps = -(-updates // UPDATES_A_STEP)
-    samples = [sample for step in range(steps) for group in plan.source.next_groups(step) for sample in group]
+    samples = [sample for step in range(steps) for group in plan.rows.next_groups(step) for sample in group]
     samples = samples[: updates * settings.minibatch_size]
     trainer = build_peer(settings, model, samples, plan.template.pad_token_id, updates, folder / "trainer")
     parameters = sum(p.numel() for p in trainer.model.parameters())

@@ -20,6 +20,8 @@ from megapsft.errors import Refused
 from megapsft.metrics.names import METRICS
 from megapsft.objectives._per_token import PerToken
 from megapsft.objectives.registry import objective_class, objective_names
+from megapsft.rewards._base import Base as Reward
+from megapsft.rewards.registry import reward_class, reward_names
 
 HERE = Path(__file__).parent
 METRICS_HEAD = """\
@@ -54,6 +56,7 @@ MEANINGS = {  # of keys whose line in the source has no comment
     "objective.aggregation": "how per-token losses become one number; the loss is always a weighted sum over the update",
     "model.moe_token_dispatcher_type": "how tokens reach the ranks of their experts",
     "data.overlong": "what becomes of samples above `max_length`; `error` stops before the run starts",
+    "data.kind": "what a row is; rollouts are recorded ones, and to prompts they are sampled while training (docs/rollout.md)",
     "data.packing": "several samples end to end in one row, none seeing another; no padding between them",
     "data.shuffle": "another order each epoch, the same for the same `train.seed`",
     "train.seed": "of the order of the data and of Megatron's generators",
@@ -90,6 +93,8 @@ def page() -> str:
     for section in dataclasses.fields(Config):
         if section.name == "objective":
             parts += objectives()
+        elif section.name == "rewards":
+            parts += rewards()
         else:
             cls = section.default_factory
             parts += [f"## {section.name}\n", *prose(cls), table(rows(cls, section.name + "."))]
@@ -111,6 +116,20 @@ def objectives() -> Iterator[str]:
             yield table(own)
 
 
+def rewards() -> Iterator[str]:
+    yield "## rewards\n"
+    yield "A list of entries, summed: `name` chooses the file in `megapsft/rewards/`, and the other keys are that reward's own."
+    yield "A name `mine/reward.py` or `package.module:function` is a function of yours (docs/rollout.md).\n"
+    shared = [(key.removeprefix("rewards."), *rest) for key, *rest in rows(Reward, "rewards.")]
+    yield table([("name", ", ".join(f"`{name}`" for name in reward_names()), "required", "what is rewarded"), *shared])
+    for name in reward_names():
+        own = [(key.removeprefix("rewards."), *rest) for key, *rest in rows(reward_class(name), "rewards.")]
+        own = [row for row in own if row not in shared]
+        if own:
+            yield f"### {{name: {name}}}\n"
+            yield table(own)
+
+
 def rows(cls: type, prefix: str) -> Iterator[tuple[str, str, str, str]]:
     """(key, values, default, meaning) of each field, those of nested sections in their place."""
     hints, comments = get_type_hints(cls, include_extras=True), {}
@@ -122,7 +141,8 @@ def rows(cls: type, prefix: str) -> Iterator[tuple[str, str, str, str]]:
         if dataclasses.is_dataclass(hints[field.name]):
             yield from rows(hints[field.name], key + ".")
             continue
-        yield key, values(hints[field.name]), code(field.default), meaning(key, comments.get(field.name, ""))
+        default = "required" if field.default is dataclasses.MISSING else code(field.default)
+        yield key, values(hints[field.name]), default, meaning(key, comments.get(field.name, ""))
 
 
 def meaning(key: str, comment: str) -> str:

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from megapsft.errors import Refused
+from megapsft.errors import Refused, TrainingStopped
 
 if TYPE_CHECKING:
     from megapsft.checkpoint.convert.run import Result
-    from megapsft.config import ParallelConfig
+    from megapsft.config import ParallelConfig, RolloutConfig
     from megapsft.train.plan import RunPlan
+    from megapsft.train.run import Evaluation
 
 
 def train(
@@ -45,6 +46,11 @@ def train(
     resolved = load_config(config, OVERRIDES)
     world, joined = _world(resolved.parallel, nproc_per_node)
     plan = plan_run(resolved, world)  # refuses at the door, before any process starts
+    evaluation = None
+    if resolved.evaluate.data:
+        from megapsft.evaluate.during_training import DuringTraining
+
+        evaluation = DuringTraining(plan)
     if _is_first() and (dry_run or not joined):
         show_plan(plan, whole=dry_run)
     if dry_run:
@@ -53,19 +59,19 @@ def train(
         return torchrun(world, ["train", str(config), *OVERRIDES])
     if not joined:
         become_world_of_one()
-    return _train_here(plan)
+    return _train_here(plan, evaluation)
 
 
-def _train_here(plan: RunPlan) -> int:
+def _train_here(plan: RunPlan, evaluation: Evaluation | None) -> int:
     """As one rank of the world that the environment describes."""
     from megapsft import parallel
     from megapsft.platform.compat import hush
     from megapsft.train.loop import train as loop
-    from megapsft.train.run import TrainingStopped, start
+    from megapsft.train.run import start
 
     hush()
     parallel.initialize(plan.mesh, plan.config.parallel, plan.config.train.seed)
-    run = start(plan)
+    run = start(plan, evaluation)
     try:
         loop(run)
     except TrainingStopped as error:  # on all ranks at once
@@ -77,6 +83,33 @@ def _train_here(plan: RunPlan) -> int:
         print(f"{plan.config.run.dir}: {done.step} steps, {done.update} updates, {done.skipped_updates} of them skipped")
     parallel.shutdown()
     return 0
+
+
+def pipeline(config: tyro.conf.Positional[Path], *, dry_run: bool = False) -> int:
+    """Train stages one after the other, and compare their models: megapsft pipeline CONFIG.yaml [STAGE.key=value ...].
+
+    For example:
+        megapsft pipeline configs/pipelines/psft-grpo.yaml
+        megapsft pipeline configs/pipelines/psft-grpo.yaml run.dir=runs/other grpo.train.steps=100
+        megapsft pipeline configs/pipelines/psft-grpo.yaml --dry-run
+
+    Interrupted or killed, it goes on from there when it is run again.
+
+    Args:
+        config: YAML file; `STAGE.key=value` overlays the config of a stage, `run.dir=`, `model=` and `compare.key=` the file.
+        dry_run: check everything, print what would run, start nothing.
+    """
+    from megapsft.pipeline.config import load_pipeline
+    from megapsft.pipeline.plan import plan_pipeline
+    from megapsft.pipeline.run import run_pipeline
+    from megapsft.pipeline.show import show_pipeline
+    from megapsft.platform.launch import joined_world
+
+    if joined_world() is not None:
+        raise Refused("a pipeline as one of several ranks", "starts the ranks of its stages itself", "start it once, by itself")
+    plan = plan_pipeline(load_pipeline(config, OVERRIDES))
+    show_pipeline(plan)
+    return 0 if dry_run else run_pipeline(plan)
 
 
 def probe(
@@ -217,6 +250,7 @@ def make_data(
     seed: int = 0,
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None,
     rollouts_per_prompt: int | None = None,
+    level: Literal["worded", "easy"] | None = None,
 ) -> int:
     """Write worded arithmetic problems with worked solutions, as JSONL: to be demonstrations, preferences or rollouts.
 
@@ -232,6 +266,7 @@ def make_data(
         seed: the same seed gives the same file.
         from_: JSONL with the columns of GSM8K, whose problems are taken; default: problems are made up.
         rollouts_per_prompt: where kind=rollouts; default: 4.
+        level: of problems that are made up; easy ones have one sum or difference, worded ones (the default) up to three steps.
     """
     from megapsft.data.arithmetic import generate, preferences, read_problems, rollouts, write_jsonl
 
@@ -239,7 +274,12 @@ def make_data(
         raise Refused(f"--rollouts-per-prompt {rollouts_per_prompt}", f"is not read where --kind {kind}", "use --kind rollouts")
     if count is not None and count < 1:
         raise Refused(f"--count {count}", "must be 1 or more", "leave it out for as many as there are")
-    problems = generate(2000 if count is None else count, seed) if from_ is None else read_problems(from_, count)
+    if level is not None and from_ is not None:
+        raise Refused(f"--level {level}", f"is not read where --from {from_}", "leave out one of the two")
+    if from_ is None:
+        problems = generate(2000 if count is None else count, seed, level or "worded")
+    else:
+        problems = read_problems(from_, count)
     rows = problems
     if kind == "preferences":
         rows = preferences(problems, seed)
@@ -287,6 +327,285 @@ def curves(runs: tyro.conf.Positional[tuple[Path, ...]], *, out: Path) -> int:
     draw_curves({run.name: run / "metrics.jsonl" for run in runs}, out)
     print(f"drew {out}")
     return 0
+
+
+def rollout(
+    *,
+    model: Path,
+    data: Path,
+    out: Path,
+    n: int = 8,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = -1,
+    max_tokens: int = 512,
+    seed: int = 0,
+    limit: int | None = None,
+    prompt_column: str | None = None,
+    reference_column: str | None = None,
+    system_prompt: str | None = None,
+    reward: tuple[str, ...] = (),
+    engine: Literal["inprocess", "sglang"] = "inprocess",
+    url: tuple[str, ...] = (),
+    servers: int | None = None,
+    tensor_parallel_size: int | None = None,
+    max_batch_size: int | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    progress: bool = True,
+) -> int:
+    """Sample responses to the prompts of a file, into a JSONL that data.kind=rollouts reads.
+
+    For example:
+        megapsft rollout --model models/tiny --data prompts.jsonl --out rollouts.jsonl
+        megapsft rollout --model models/tiny --data train.jsonl --out rollouts.jsonl --n 4 --reward math_answer
+        megapsft rollout --model Qwen3-8B --data train.jsonl --out rollouts.jsonl --engine sglang --tensor-parallel-size 2
+
+    Killed, it goes on from there when it is run again; no response is asked for twice.
+
+    Args:
+        model: Hugging Face folder with a tokenizer and a chat template.
+        data: .jsonl or .parquet.
+        out: the .jsonl to write; the options lie beside it as .json.
+        n: responses to each prompt.
+        temperature: 0 is greedy.
+        top_p: tokens are drawn from the most probable ones that have so much together.
+        top_k: tokens are drawn from so many; -1: from all.
+        max_tokens: of a response.
+        seed: of the in-process engine: the same gives the same responses.
+        limit: only the first prompts.
+        prompt_column: default: what problems are usually called.
+        reference_column: with the right answer, for --reward; default: what answers are usually called.
+        system_prompt: put before prompts that have no system turn.
+        reward: names of rewards, such as math_answer, or path/to/file.py; their sum is written with each rollout.
+        engine: this process; or SGLang servers.
+        url: sglang: servers that run already, with the weights of --model; default: they are started here.
+        servers: sglang: how many are started here; default: 1.
+        tensor_parallel_size: sglang: of each server that is started here; default: 1.
+        max_batch_size: inprocess: responses at once, which bounds the cache of keys and values; default: 64.
+        dtype: of the weights while sampling; default: as stored.
+        progress: show a bar.
+    """
+    from megapsft.data.chat_template import ChatTemplate
+    from megapsft.evaluate.batch_inference import rollout as sample
+    from megapsft.evaluate.benchmark import load_benchmark
+    from megapsft.evaluate.engine import dtype_of
+    from megapsft.rewards.registry import build_reward
+    from megapsft.rollout.base import Sampling
+
+    options = _engine_options(engine, url, servers, tensor_parallel_size, max_batch_size)
+    rewards = [{"name": name} for name in reward]
+    template = ChatTemplate.load(model)
+    prompts = load_benchmark(
+        data,
+        template,
+        limit=limit,
+        prompt_column=prompt_column,
+        reference_column=reference_column,
+        system_prompt=system_prompt,
+        needs_reference=any(build_reward(entry)[1].needs_reference for entry in rewards),
+    )
+    sampling = Sampling(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        max_tokens=max_tokens,
+        stop_token_ids=template.stop_token_ids,
+        seed=seed,
+    )
+    written = sample(
+        model,
+        prompts,
+        template,
+        out,
+        n=n,
+        sampling=sampling,
+        options=options,
+        dtype=dtype or dtype_of(model),
+        rewards=rewards,
+        progress=progress,
+    )
+    print(f"wrote {out}: {written.responses} responses to {written.prompts} prompts{_resumed(written.resumed)}")
+    return 0
+
+
+def evaluate(
+    *,
+    model: Path,
+    data: tuple[Path, ...] = (),
+    lm_eval: Path | None = None,
+    out: Path | None = None,
+    n: tuple[int, ...] = (),
+    limit: tuple[int, ...] = (),
+    k: str | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int = -1,
+    max_tokens: int | None = None,
+    seed: int = 0,
+    prompt_column: str | None = None,
+    reference_column: str | None = None,
+    system_prompt: str | None = None,
+    reward: tuple[str, ...] = ("math_answer",),
+    engine: Literal["inprocess", "sglang"] = "inprocess",
+    url: tuple[str, ...] = (),
+    servers: int | None = None,
+    tensor_parallel_size: int | None = None,
+    max_batch_size: int | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    progress: bool = True,
+) -> int:
+    """Answer benchmarks, and print avg@n and pass@k with their standard errors.
+
+    For example:
+        megapsft evaluate --model models/tiny --data aime24.jsonl --n 32
+        megapsft evaluate --model models/tiny --data gsm8k-test.jsonl math500.jsonl --limit 200 50 --k 1,4 --n 4
+        megapsft evaluate --model Qwen3-8B --data aime24.jsonl --engine sglang --tensor-parallel-size 2 --out evaluations/8b
+
+    Killed, it goes on from there when it is run again; no response is asked for twice.
+
+    Args:
+        model: Hugging Face folder with a tokenizer and a chat template.
+        data: .jsonl or .parquet files of problems with their answers; the name of a file is that of its benchmark.
+        lm_eval: instead of data: YAML of a task of lm-evaluation-harness, which asks and scores as it says; --limit holds too.
+        out: folder for responses and results.json; default: evaluations/ and the name of the model's folder.
+        n: responses to each problem, one number for all files or one for each; default: 32 for aime and amc, 1 for gsm8k, else 8.
+        limit: only the first problems, one number for all files or one for each.
+        k: of pass@k, with commas; default: 1,8,32 as far as n goes.
+        temperature: 0 is greedy; default: 0.7.
+        top_p: tokens are drawn from the most probable ones that have so much together; default: 0.95.
+        top_k: tokens are drawn from so many; -1: from all.
+        max_tokens: of a response; default: 10240 (4096 for ifeval), or what the model's context leaves if that is less.
+        seed: of the in-process engine: the same gives the same responses.
+        prompt_column: default: what problems are usually called.
+        reference_column: default: what answers are usually called.
+        system_prompt: put before prompts that have no system turn.
+        reward: names of rewards, or path/to/file.py; a response is right where their sum is 1.
+        engine: this process; or SGLang servers.
+        url: sglang: servers that run already, with the weights of --model; default: they are started here.
+        servers: sglang: how many are started here; default: 1.
+        tensor_parallel_size: sglang: of each server that is started here; default: 1.
+        max_batch_size: inprocess: responses at once, which bounds the cache of keys and values; default: 64.
+        dtype: of the weights while sampling; default: as stored.
+        progress: show a bar.
+    """
+    from megapsft.data.chat_template import ChatTemplate
+    from megapsft.evaluate.benchmark import load_benchmark
+    from megapsft.evaluate.engine import dtype_of
+    from megapsft.evaluate.evaluation import RESULTS, plan_task, show
+    from megapsft.evaluate.evaluation import evaluate as answer
+    from megapsft.rewards.registry import build_reward
+
+    options = _engine_options(engine, url, servers, tensor_parallel_size, max_batch_size)
+    folder = Path("evaluations") / model.resolve().name if out is None else out
+    if lm_eval is not None:
+        of_data = {"--data": data, "--n": n, "--k": k, "--temperature": temperature, "--top-p": top_p, "--max-tokens": max_tokens,
+                   "--prompt-column": prompt_column, "--reference-column": reference_column, "--system-prompt": system_prompt,
+                   "--top-k": top_k != -1, "--reward": reward != ("math_answer",)}  # fmt: skip
+        for option, value in of_data.items():
+            if value not in (None, (), False):
+                raise Refused(option, "is not read beside --lm-eval: the task says it", "leave it out")
+        return _lm_eval(lm_eval, model, folder, options, dtype or dtype_of(model), _each("--limit", limit, (lm_eval,))[0], seed)
+    rewards = [{"name": name} for name in reward]
+    needs_reference = any(build_reward(entry)[1].needs_reference for entry in rewards)
+    ks = None if k is None else _numbers("--k", k)
+    template, tasks = ChatTemplate.load(model), []
+    for path, most, responses in zip(data, _each("--limit", limit, data), _each("--n", n, data), strict=True):
+        benchmark = load_benchmark(
+            path,
+            template,
+            limit=most,
+            prompt_column=prompt_column,
+            reference_column=reference_column,
+            system_prompt=system_prompt,
+            needs_reference=needs_reference,
+        )
+        given = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
+        given = {key: value for key, value in given.items() if value is not None}
+        tasks.append(plan_task(model, benchmark, template, n=responses, top_k=top_k, seed=seed, **given))
+    evaluated = answer(
+        model, tasks, template, folder, options=options, dtype=dtype or dtype_of(model), rewards=rewards, ks=ks, progress=progress
+    )
+    show(evaluated)
+    resumed = sum(one.resumed for one in evaluated)
+    responses = sum(len(one.task.benchmark.problems) * one.task.n for one in evaluated)
+    print(f"wrote {folder / RESULTS}: {responses} responses{_resumed(resumed)}")
+    return 0
+
+
+def _lm_eval(
+    task: Path,
+    model: Path,
+    folder: Path,
+    options: RolloutConfig,
+    dtype: Literal["float32", "bfloat16"],
+    limit: int | None,
+    seed: int,
+) -> int:
+    """A task of lm-evaluation-harness: its metrics on the terminal, and as JSON."""
+    import json
+
+    from megapsft.checkpoint.hf import read_config
+    from megapsft.data.chat_template import ChatTemplate
+    from megapsft.evaluate.engine import open_engine
+    from megapsft.evaluate.harness import Answers, need_lm_eval, run_task
+
+    need_lm_eval()
+    template = ChatTemplate.load(model)
+    with open_engine(model, options, dtype, folder / "servers") as opened:
+        answers = Answers(opened, template, read_config(model).max_position_embeddings, seed)
+        found = run_task(task, answers, limit=limit)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"lm-eval-{task.stem}.json"
+    path.write_text(json.dumps(found, indent=1, default=str) + "\n")
+    for name, value in found.items():
+        print(f"{name}: {value}")
+    print(f"wrote {path}")
+    return 0
+
+
+def _resumed(count: int) -> str:
+    return f", {count} of them by an earlier attempt" if count else ""
+
+
+def _engine_options(
+    engine: Literal["inprocess", "sglang"],
+    url: tuple[str, ...],
+    servers: int | None,
+    tensor_parallel_size: int | None,
+    max_batch_size: int | None,
+) -> RolloutConfig:
+    """What was said of the engine; options of the other one, or of servers that are not started, are refused."""
+    from megapsft.config import RolloutConfig
+
+    of_started = {"servers": servers, "tensor_parallel_size": tensor_parallel_size}
+    given = {"urls": url or None, **of_started, "max_batch_size": max_batch_size}
+    given = {key: value for key, value in given.items() if value is not None}
+    read = {"inprocess": {"max_batch_size"}, "sglang": {"urls", *of_started}}[engine]
+    for key, value in given.items():
+        option = "--url" if key == "urls" else "--" + key.replace("_", "-")
+        if key not in read:
+            raise Refused(f"{option} {value}", f"is not read where --engine {engine}", "leave it out, or use the other engine")
+        if url and key in of_started:
+            raise Refused(f"{option} {value}", "is of servers that are started here, and --url names others", "leave one out")
+        if key != "urls" and value < 1:
+            raise Refused(f"{option} {value}", "must be 1 or more", "leave it out for the default")
+    # weights are never updated here: the ways that need servers on this host are none
+    return RolloutConfig(engine=engine, weight_update="disk" if url else "tensor", **given)
+
+
+def _each(option: str, numbers: tuple[int, ...], files: tuple[Path, ...]) -> list[int | None]:
+    """A number for each file; None where none was given."""
+    if len(numbers) not in (0, 1, len(files)):
+        rule = f"has {len(numbers)} numbers for {len(files)} files"
+        raise Refused(f"{option} {' '.join(map(str, numbers))}", rule, "give one for all, or one for each")
+    return list(numbers or [None]) * (len(files) if len(numbers) < 2 else 1)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise Refused(f"{option} {text}", "is not a list of numbers", f"write {option} 1,8,32") from None
 
 
 def hf_to_megatron(
@@ -432,9 +751,8 @@ def _converted(dry_run: bool, result: Result) -> int:
         print(f"megapsft: warning: {name} has {count} numbers that are infinite or not a number", file=sys.stderr)
     if len(result.nonfinite) > 10:
         print(f"megapsft: warning: and {len(result.nonfinite) - 10} more tensors have such, see conversion.json", file=sys.stderr)
-    again = f", {result.resumed} of them by an earlier attempt" if result.resumed else ""
     done = "would write" if dry_run else "wrote"
-    print(f"{done} {result.out}: {result.tensors} tensors{again}, {decimal(result.nbytes)}")
+    print(f"{done} {result.out}: {result.tensors} tensors{_resumed(result.resumed)}, {decimal(result.nbytes)}")
     return 0
 
 
@@ -455,6 +773,7 @@ def convert(*arguments: str) -> int:
 
 COMMANDS = {
     "train": train,
+    "pipeline": pipeline,
     "probe": probe,
     "export": export,
     "convert": convert,
@@ -462,6 +781,8 @@ COMMANDS = {
     "make-data": make_data,
     "config": config,
     "curves": curves,
+    "rollout": rollout,
+    "evaluate": evaluate,
 }
 CONVERT = {
     "hf-to-megatron": hf_to_megatron,
@@ -508,7 +829,7 @@ def _complain(error: Exception) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, 2 where something was refused, 3 where training stopped itself."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] in (["train"], ["probe"], ["config"]):
+    if arguments[:1] in (["train"], ["pipeline"], ["probe"], ["config"]):
         OVERRIDES[:] = [a for a in arguments[1:] if _is_override(a)]
         arguments = [a for a in arguments if a not in OVERRIDES]
     try:

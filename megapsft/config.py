@@ -46,7 +46,8 @@ class ColumnsConfig:
 
     __pydantic_config__ = STRICT
     prompt: str = "prompt"  # a string, or chat messages [{"role": ..., "content": ...}]
-    demonstration: str = "demonstration"  # a string; where kind=rollouts it may be absent
+    demonstration: str = "demonstration"  # a string; where kind=rollouts or prompts it may be absent
+    reference: str = "reference"  # kind=prompts: the right answer, or a solution that ends with it, where a reward wants one
     chosen: str = "chosen"  # kind=preferences: a string, or chat messages that end with the assistant's
     rejected: str = "rejected"  # the same
     chosen_ref_logprobs: str = "chosen_ref_logprobs"  # optional: a list, one of the reference for each response token
@@ -60,7 +61,7 @@ class ColumnsConfig:
 class DataConfig:
     __pydantic_config__ = STRICT
     path: str = ""  # .jsonl or .parquet
-    kind: Literal["demonstrations", "preferences", "rollouts"] = "demonstrations"  # what a row of `path` is
+    kind: Literal["demonstrations", "preferences", "rollouts", "prompts"] = "demonstrations"
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     system_prompt: str | None = None  # put before prompts that have no system turn
     max_length: PositiveInt = 2048  # tokens of prompt and response together
@@ -73,6 +74,54 @@ class DataConfig:
     select: Literal["rft", "raft"] | None = None  # train on the best rollouts alone: all with enough reward, or one a prompt
     select_threshold: float = 1.0  # of rft: the least reward that is kept
     dedupe: bool = False  # of rft: of rollouts of a prompt with the same tokens, keep the first
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How responses are sampled where data.kind=prompts. They are sampled at train.temperature."""
+
+    __pydantic_config__ = STRICT
+    engine: Literal["inprocess", "sglang"] = "inprocess"  # the policy itself; or SGLang servers
+    n: PositiveInt = 8  # responses to each prompt
+    max_tokens: PositiveInt = 512  # of a response
+    top_p: PositiveFloat = 1.0  # 1.0: all tokens
+    top_k: int = -1  # -1: all tokens
+    max_batch_size: PositiveInt = 64  # inprocess: responses at once on each model-parallel group: bounds keys and values
+    urls: tuple[str, ...] = ()  # sglang: servers that run already; default: `servers` of them are started here
+    servers: PositiveInt = 1  # sglang: started on this machine, one after another port
+    tensor_parallel_size: PositiveInt = 1  # sglang: of each server that is started
+    port: NonNegativeInt = 0  # sglang: of the first server that is started; 0: any that is free
+    python: str | None = None  # sglang: the interpreter that has it; default: $MEGAPSFT_SGLANG_PYTHON, .venv-sglang, or this one
+    server_args: tuple[str, ...] = ()  # sglang: more arguments of sglang.launch_server
+    weight_update: Literal["tensor", "disk", "distributed"] = "tensor"  # sglang: by memory of this host, a folder, a group
+    bucket_bytes: PositiveInt = 512 * 2**20  # sglang: of weights that are on their way at once
+    on_update: Literal["abort", "retract", "in_place"] = "in_place"  # sglang: what becomes of responses on their way
+    requests_per_server: PositiveInt = 256  # sglang: at once
+    startup_timeout: PositiveFloat = 600.0  # sglang: seconds until a server must be healthy
+    request_timeout: PositiveFloat = 600.0  # sglang: seconds for one response, then another server is asked
+    health_interval: PositiveFloat = 10.0  # sglang: seconds
+    retries: NonNegativeInt = 3  # sglang: of one response on other servers, before the run stops
+    max_restarts: NonNegativeInt = 3  # sglang: of servers that were started here, in one run
+    dynamic_sampling: str | None = None  # label of a reward: groups in which it is the same for all are sampled anew, as in DAPO
+    max_rounds: PositiveInt = 10  # of dynamic sampling in a step; then it trains what there is
+    oversample: float = 1.0  # sglang: prompts on their way, over train.batch_size; the step takes the first groups that are done
+    max_weight_lag: NonNegativeInt = 0  # sglang: steps that a rollout may be behind; above 0 it is sampled during updates
+    reward_workers: PositiveInt = 2  # processes that verify answers
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Benchmarks that are answered while training: before the first step, every `interval` steps, and after the last."""
+
+    __pydantic_config__ = STRICT
+    data: tuple[str, ...] = ()  # .jsonl files of problems with their answers; without any, nothing is evaluated
+    interval: PositiveInt = 50  # steps
+    n: PositiveInt = 1  # responses to each problem
+    temperature: NonNegativeFloat = 0.7  # 0: greedy
+    top_p: PositiveFloat = 0.95  # 1.0: all tokens
+    max_tokens: PositiveInt = 512  # of a response
+    limit: PositiveInt | None = None  # only the first problems
+    reward: str = "math_answer"  # what says that a response is right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,13 +218,19 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything a run is. `objective` holds `name` and that objective's own options (`megapsft/objectives/<name>.py`)."""
+    """Everything a run is. `objective` holds `name` and that objective's own options (`megapsft/objectives/<name>.py`).
+
+    So do the entries of `rewards` (`megapsft/rewards/<name>.py`), and each a `weight` and a `label` of its metrics.
+    """
 
     __pydantic_config__ = STRICT
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: dict[str, Any] = field(default_factory=lambda: {"name": "psft"})
+    rewards: tuple[dict[str, Any], ...] = ()  # of sampled responses: [{name: math_answer}, {name: format, weight: 0.1}], summed
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)

@@ -17,3 +17,7 @@ class Refused(ValueError):
 
     def __reduce__(self):  # survives being sent between processes
         return type(self), (self.value, self.rule, self.remedy)
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on: too many updates in a row were skipped, or nobody is left to sample. Its checkpoints are whole."""

@@ -25,6 +25,7 @@ ROWS = (
     ("checkpoint",),
     ("train",),
     ("evaluate", "report", "cluster"),
+    ("pipeline",),
     ("cli",),
 )
 ROW = {package: number for number, row in enumerate(ROWS) for package in row}
@@ -38,6 +39,7 @@ ONLY_IN = {  # third party -> the only packages that may import it
     "transformers": {"data", "checkpoint"},
     "nemo_run": {"cluster"},
     "tyro": {"cli"},
+    "httpx": {"rollout"},
 }
 NEVER_IN = {"torch": {"rewards", "advantages", "config"}}
 ONLY_WITH = {  # beside what is Python's own

@@ -19,6 +19,7 @@ from megapsft.config import Config, flatten, load_config
 from megapsft.data.arithmetic import preferences, read_problems, rollouts, write_jsonl
 from megapsft.metrics.names import METRICS
 from megapsft.train.phases import phases
+from tests.shipped import CONFIGS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -128,11 +129,11 @@ def rows(tiny_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows")
     write_jsonl(folder / "preferences.jsonl", preferences(read_problems(tiny_data), 0))
     write_jsonl(folder / "rollouts.jsonl", rollouts(read_problems(tiny_data), 0, each=2))
-    kinds = {kind: folder / f"{kind}.jsonl" for kind in ("preferences", "rollouts")}
+    kinds = {kind: folder / f"{kind}.jsonl" for kind in ("preferences", "rollouts")} | {"prompts": tiny_data}
     return kinds | {"demonstrations": tiny_data}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_shipped_configs_are_ready_to_run(path, rows, tiny_models, tmp_path, capsys):
     family = "qwen3_moe" if "moe" in path.stem or path.stem == "quickstart" else "qwen3"
     config = load_config(path)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megapsft.config import ColumnsConfig
 from megapsft.data.rows import read_rows
@@ -42,8 +42,11 @@ FINAL = re.compile(r"#### *(-?\d[\d,]*(?:\.\d+)?)\s*$")
 Problem = tuple[str, list[str], int]  # question, steps, answer
 
 
-def generate(count: int, seed: int) -> list[dict[str, str]]:
+def generate(count: int, seed: int, level: Level = "worded") -> list[dict[str, str]]:
     """`count` different problems, the same ones for the same seed: [{"question": ..., "answer": ...}].
+
+    Args:
+        level: worded has one to three steps, products and quotients; easy has one sum or difference of numbers below 30.
 
     Raises:
         Refused: count below 1 or above 100,000.
@@ -53,7 +56,7 @@ def generate(count: int, seed: int) -> list[dict[str, str]]:
     rng = random.Random(seed)
     rows: dict[str, str] = {}
     while len(rows) < count:
-        question, steps, number = rng.choice(TEMPLATES)(rng)
+        question, steps, number = rng.choice(LEVELS[level])(rng)
         rows.setdefault(question, "\n".join([*steps, f"#### {number}"]))
     return [{"question": question, "answer": answer} for question, answer in rows.items()]
 
@@ -283,6 +286,22 @@ def comparison(rng: random.Random) -> Problem:
     return question, steps, half + most
 
 
-TEMPLATES: tuple[Callable[[random.Random], Problem], ...] = (
-    purchase, gift, stock, sharing, wages, reading, bill, journey, savings, comparison,
-)  # fmt: skip
+def more(rng: random.Random) -> Problem:
+    (name, he), treats = rng.choice(PEOPLE), rng.choice(TREATS)
+    first, second = rng.randint(2, 29), rng.randint(2, 29)
+    question = f"{name} has {first} {treats} and gets {second} more. How many {treats} does {he} have now?"
+    return question, [f"{first} + {second} = {first + second}"], first + second
+
+
+def fewer(rng: random.Random) -> Problem:
+    (name, he), treats = rng.choice(PEOPLE), rng.choice(TREATS)
+    left, given = rng.randint(2, 19), rng.randint(2, 10)
+    question = f"{name} has {left + given} {treats} and gives {given} away. How many {treats} does {he} have now?"
+    return question, [f"{left + given} - {given} = {left}"], left
+
+
+Level = Literal["worded", "easy"]
+LEVELS: dict[str, tuple[Callable[[random.Random], Problem], ...]] = {
+    "worded": (purchase, gift, stock, sharing, wages, reading, bill, journey, savings, comparison),
+    "easy": (more, fewer),
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ class ChatTemplate:
     that a terminator inside a demonstration is refused.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, eos_token_ids: Sequence[int] = ()):
         """
         Args:
             tokenizer: a `transformers` tokenizer.
+            eos_token_ids: of the model's generation_config.json.
 
         Raises:
             Refused: it has no chat template, or one that does not end an assistant turn with a special token.
@@ -35,6 +37,8 @@ class ChatTemplate:
             rule = f"the tokenizer in {tokenizer.name_or_path!r} has no chat template"
             raise Refused("chat_template=None", rule, "use an instruct model, or add a chat_template.jinja next to the tokenizer")
         self.terminator_id = self._find_terminator()
+        eos = {tokenizer.eos_token_id} - {None}
+        self.stop_token_ids = tuple(sorted({self.terminator_id, *eos, *eos_token_ids}))  # what ends a response that is sampled
 
     @classmethod
     def load(cls, model_dir: str | Path) -> ChatTemplate:
@@ -55,7 +59,7 @@ class ChatTemplate:
             raise Refused(at, f"has no readable tokenizer ({brief(error)})", remedy) from None
         if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # config.json alone loads as a tokenizer without words
             raise Refused(at, "has no tokenizer vocabulary", remedy)
-        return cls(tokenizer)
+        return cls(tokenizer, eos_token_ids(Path(model_dir)))
 
     @property
     def pad_token_id(self) -> int:
@@ -164,6 +168,22 @@ class ChatTemplate:
             rule = "must end an assistant turn with a special token, directly after its words"
             raise Refused(f"chat template that goes on with {after[:40]!r}", rule, "use a model whose template does, or mend it")
         return first[0]
+
+
+def eos_token_ids(model_dir: Path) -> tuple[int, ...]:
+    """Those of generation_config.json; none where there is no such file, or it names none.
+
+    Raises:
+        Refused: it is not readable.
+    """
+    file = model_dir / "generation_config.json"
+    if not file.is_file():
+        return ()
+    try:
+        found = json.loads(file.read_text()).get("eos_token_id")
+        return () if found is None else tuple(map(int, found if isinstance(found, list) else [found]))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise Refused(str(file), f"is not readable ({brief(error)})", "mend it, or take it away") from None
 
 
 def brief(error: Exception) -> str:

@@ -45,8 +45,8 @@ def read_rollouts(config: DataConfig) -> list[RecordedPrompt]:
         {"prompt": "..." or [{"role": ..., "content": ...}], "rollouts": [{"response": "...", "reward": 1.0}, ...]}
 
     with, if you have them, `prompt_token_ids` instead of the prompt, a `demonstration` and its `demonstration_reward`
-    (default 1). A rollout has a `response` or its `token_ids`, a finite `reward`, and if you have them `logprobs` (one for each
-    response token), `finish_reason` ("stop" or "length") and `weight_version`.
+    (default 1). A rollout has a `response` or its `token_ids` (which count where there are both), a finite `reward`, and if you
+    have them `logprobs` (one for each response token), `finish_reason` ("stop" or "length") and `weight_version`.
 
     Raises:
         Refused: what `read_records` refuses; wrong types; unknown fields of a rollout; logprobs in some rollouts only; a system
@@ -105,18 +105,17 @@ def parse_rollout(rollout: Any, at: str) -> Rollout:
     for key in rollout:
         if key not in FIELDS:
             raise Refused(f"{at}: {key!r}", "is not a field of a rollout", f"known: {', '.join(FIELDS)}")
-    if ("response" in rollout) == ("token_ids" in rollout):
-        rule = "has both a response and token_ids" if "response" in rollout else "has neither a response nor token_ids"
-        raise Refused(at, rule, "give one of the two")
+    if not {"response", "token_ids"} & rollout.keys():
+        raise Refused(at, "has neither a response nor token_ids", "give one of the two")
     response = rollout.get("response")
-    if response is None:
+    if "token_ids" in rollout:  # words beside them are for people to read
         response = parse_token_ids(rollout["token_ids"], f"{at}: 'token_ids'")
     elif not isinstance(response, str):
         raise Refused(f"{at}: 'response'", f"is a {type(response).__name__}", "write a string")
     else:
         check_unicode(response, f"{at}: 'response'")
     if "reward" not in rollout:
-        raise Refused(at, "has no reward", "give a number")
+        raise Refused(at, "has no reward", "give a number, such as `megapsft rollout --reward` writes")
     finish_reason, version = rollout.get("finish_reason", "stop"), rollout.get("weight_version")
     if finish_reason not in ("stop", "length"):
         raise Refused(f"{at}: finish_reason={finish_reason!r}", "is not known", "use stop or length; leave out what was aborted")

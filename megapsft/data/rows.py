@@ -59,7 +59,27 @@ def read_records(
     """
     reader, path = _reader(path)
     needed, possible = named(columns, required), named(columns, optional)
-    records = list(itertools.islice(reader(path, needed, possible), limit))
+    return _some(list(itertools.islice(reader(path, needed, possible), limit)), path, possible)
+
+
+def read_whole_records(
+    path: str | Path,
+    columns: ColumnsConfig,
+    required: Iterable[str],
+    optional: Iterable[str] = (),
+    limit: int | None = None,
+) -> list[Record]:
+    """As `read_records`, with all columns that a row has."""
+    reader, path = _reader(path)
+    needed, possible = named(columns, required), named(columns, optional)
+    records = _some(list(itertools.islice(reader(path, None, {}), limit)), path, possible)
+    for source, record in records:
+        check_columns(record, needed, source)
+    return records
+
+
+def _some(records: list[Record], path: Path, possible: Mapping[str, str]) -> list[Record]:
+    """The records: there are some, and the optional columns that were asked for by another name."""
     if not records:
         raise Refused(f"data.path={str(path)!r}", "holds no rows", "name a file with at least one")
     for key, name in possible.items():

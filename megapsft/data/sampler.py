@@ -34,7 +34,13 @@ class Sampler:
 
     def indices(self, step: int) -> np.ndarray:
         """Samples of batch `step` (from 0): [batch_size] int64, each below `size`."""
-        epochs, places = np.divmod(np.arange(step * self.batch_size, (step + 1) * self.batch_size), self.size)
+        return self.draw(step * self.batch_size, self.batch_size)
+
+    def draw(self, start: int, count: int) -> np.ndarray:
+        """Samples `start`, ..., `start + count - 1` of the stream: [count] int64."""
+        if count == 0:
+            return np.zeros(0, np.int64)
+        epochs, places = np.divmod(np.arange(start, start + count), self.size)
         needed = range(int(epochs[0]), int(epochs[-1]) + 1)
         self._orders = {epoch: self._orders[epoch] if epoch in self._orders else self._order(epoch) for epoch in needed}
         return np.concatenate([self._orders[epoch][places[epochs == epoch]] for epoch in needed])

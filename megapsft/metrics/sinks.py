@@ -93,7 +93,8 @@ class WandB:
 
 class Sinks:
     """All sinks of a run. Records of an update and records of a step (several updates) have the same keys: in files they
-    lie apart, `metrics.jsonl` and `steps.jsonl`; trackers show those of a step as `step/<key>`, over its last update.
+    lie apart, `metrics.jsonl` and `steps.jsonl`, as do those of benchmarks, `evaluations.jsonl`; trackers show those of a step
+    as `step/<key>`, over its last update.
 
     Args:
         directory: of the run.
@@ -108,6 +109,7 @@ class Sinks:
     def __init__(self, directory: str | Path, trackers: Iterable[Sink] = ()):
         self.updates = JSONLines(Path(directory) / "metrics.jsonl")
         self.steps = JSONLines(Path(directory) / "steps.jsonl")
+        self.evaluations = JSONLines(Path(directory) / "evaluations.jsonl")
         self.trackers = tuple(trackers)
 
     def write_update(self, record: Mapping[str, Any]) -> None:
@@ -122,13 +124,20 @@ class Sinks:
         for tracker in self.trackers:
             tracker.write({f"step/{key}": value for key, value in scalars(record).items()}, record["update"])
 
+    def write_evaluation(self, record: Mapping[str, Any]) -> None:
+        """What benchmarks say of the policy; its `update` is the last one before."""
+        self.evaluations.write(record)
+        for tracker in self.trackers:
+            tracker.write(scalars(record), record["update"])
+
     def resume(self, update: int) -> None:
         """Forget what the files say of later updates: they will come again. Trackers are told when they are made."""
         self.updates.truncate(update)
         self.steps.truncate(update)
+        self.evaluations.truncate(update or -1)  # a run that begins answers its benchmarks first
 
     def close(self) -> None:
-        for sink in (self.updates, self.steps, *self.trackers):
+        for sink in (self.updates, self.steps, self.evaluations, *self.trackers):
             sink.close()
 
 

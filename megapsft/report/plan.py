@@ -5,10 +5,18 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from megapsft.config import Config
 from megapsft.models.families import parameter_count
 from megapsft.policy.build import padded_vocab_size
 from megapsft.train.optimizer import learning_rate
 from megapsft.train.plan import RunPlan, to_yaml
+
+UNITS = {  # of a step, by data.kind
+    "demonstrations": "samples",
+    "preferences": "pairs",
+    "rollouts": "prompts with their rollouts",
+    "prompts": "prompts",
+}
 
 
 def show_plan(plan: RunPlan, whole: bool) -> None:
@@ -29,15 +37,12 @@ def show_plan(plan: RunPlan, whole: bool) -> None:
 def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
     """(name, text) of everything that the plan knows."""
     config, hf, mesh = plan.config, plan.hf, plan.mesh
-    data, update = plan.data, plan.first_update()
+    data = plan.data
     padded = padded_vocab_size(hf.vocab_size, config.model.make_vocab_size_divisible_by, mesh.tp)
     experts = f", {hf.num_experts} experts (top {hf.num_experts_per_tok})" if hf.num_experts else ""
     tokens = data.prompt_tokens + data.response_tokens
-    positions = sum(len(micro.rows) * micro.length for share in update for micro in share)
-    filled = sum(len(sample) for group in plan.first_groups() for sample in group) / positions
     samples = sum(len(group) for group in data.groups)
-    unit = {"demonstrations": "samples", "preferences": "pairs", "rollouts": "prompts with their rollouts"}[config.data.kind]
-    longest = max(micro.length for share in update for micro in share)
+    unit = UNITS[config.data.kind]
     rates = ", ".join(
         f"{phase.name} {learning_rate(phase.optimizer, 0, phase.policy_steps):.3g} to "
         f"{learning_rate(phase.optimizer, phase.policy_steps - 1, phase.policy_steps):.3g}"
@@ -58,7 +63,27 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
         ("steps", f"{steps}; {plan.updates_per_step} update(s) a step; {resumed}"),
         ("", f"{config.train.batch_size} {unit} a step, {plan.minibatch_size} an update, "
              f"{plan.steps * config.train.batch_size / len(data.groups):.2f} epochs"),
-        ("an update", f"{len(update[0])} microbatches on each of {mesh.dp} data-parallel rank(s), up to {longest} positions, "
-                      f"{filled:.1%} of {positions:,} positions filled"),
+        ("rollouts", rollouts_text(config)) if config.data.kind == "prompts" else ("an update", update_text(plan)),
         ("learning rate", rates),
     ]  # fmt: skip
+
+
+def update_text(plan: RunPlan) -> str:
+    """How the first update is packed."""
+    update = plan.first_update()
+    positions = sum(len(micro.rows) * micro.length for share in update for micro in share)
+    filled = sum(len(sample) for group in plan.first_groups() for sample in group) / positions
+    longest = max(micro.length for share in update for micro in share)
+    return (
+        f"{len(update[0])} microbatches on each of {plan.mesh.dp} data-parallel rank(s), up to {longest} positions, "
+        f"{filled:.1%} of {positions:,} positions filled"
+    )
+
+
+def rollouts_text(config: Config) -> str:
+    """Who samples how many responses, and what they are rewarded for."""
+    options = config.rollout
+    where = "the policy itself" if options.engine == "inprocess" else f"SGLang, {len(options.urls) or options.servers} server(s)"
+    rewards = " + ".join(f"{entry.get('weight', 1)} {entry.get('label') or entry['name']}" for entry in config.rewards)
+    sizes = f"{options.n} responses to each prompt, up to {options.max_tokens} tokens, temperature {config.train.temperature}"
+    return f"{sizes}, by {where}; reward: {rewards}"

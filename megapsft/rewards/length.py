@@ -23,7 +23,7 @@ class Length(Base):
 
     soft_limit: int = 1024  # tokens
     price: float = 0.001  # for each token beyond
-    most: float = 1.0
+    most: float = 1.0  # that a response can lose
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,7 +16,7 @@ class Overlong(Base):
 
     max_response_length: int  # tokens: the limit of the engine
     buffer: int  # tokens, 1..max_response_length
-    factor: float = 1.0
+    factor: float = 1.0  # what a response at the limit loses
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -73,3 +73,6 @@ def summary(scored: Sequence[Scored]) -> dict[str, float]:
     failures = [part.failure for one in scored for part in one.parts.values()]
     keys = {"reward/timeouts": "timeout", "reward/deaths": "died", "reward/errors": "error"}
     return means | {key: float(failures.count(failure)) for key, failure in keys.items()}
+
+
+__all__ = ["Response", "Scored", "Sum", "summary"]

@@ -23,5 +23,6 @@ def train(run: Run) -> None:
                 report = run.critic.update(phase.objective, minibatch, report)
             run.log_update(step, phase, report)
         run.log_step(step, phase)
+        run.evaluate_if_due(step)
         run.save_if_due(step, phase)
     run.close()

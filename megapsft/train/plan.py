@@ -15,6 +15,7 @@ from megapsft.config import Config, CriticConfig, ReferenceConfig, flatten, load
 from megapsft.data.chat_template import ChatTemplate
 from megapsft.data.dataset import Dataset
 from megapsft.data.plan import Layout, Plan, plan_update
+from megapsft.data.prompts import Prompts
 from megapsft.data.sampler import Sampler
 from megapsft.errors import Refused
 from megapsft.metrics.names import METRICS
@@ -28,7 +29,8 @@ from megapsft.policy.build import model_shape
 from megapsft.policy.vocab_parallel import resolve_backend
 from megapsft.train.phases import Phase, has_old_policy, phases, reference_needs
 from megapsft.train.prepare import with_advantages
-from megapsft.train.sources import Source, load_dataset
+from megapsft.train.rollout_options import OF_SGLANG, check_options, check_references
+from megapsft.train.sources import Rows, load_dataset
 from megapsft.types import Group
 
 # what a continued run may change: how it is computed, kept and shown, never what is computed
@@ -46,7 +48,10 @@ MAY_CHANGE = (
     "model.make_vocab_size_divisible_by",
     "train.steps",
     "train.max_skipped_updates",
+    "evaluate.",
+    *(f"rollout.{name}" for name in (*OF_SGLANG, "engine", "max_batch_size", "reward_workers")),
 )
+SFT_ON_PROMPTS = ("prompts", "warmup")  # has nothing to imitate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +63,13 @@ class RunPlan:
     phases: tuple[Phase, ...]
     template: ChatTemplate
     data: Dataset
-    source: Source
+    sampler: Sampler
     checkpoint: Path | None  # to continue from
     notes: tuple[str, ...]  # what the user should know before it starts
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.data.groups, self.sampler)
 
     @property
     def steps(self) -> int:
@@ -87,7 +96,7 @@ class RunPlan:
 
     def needs_reference(self, phase: Phase) -> bool:
         """Whether a frozen policy shares the process: not where the rows bring its log-probabilities."""
-        precomputed = {"ref_logprobs"} if self.source.groups[0][0].ref_logprobs is not None else set()
+        precomputed = {"ref_logprobs"} if self.data.groups[0][0].ref_logprobs is not None else set()
         return bool(reference_needs(phase.objective) - precomputed)
 
     def layout(self, data_parallel_rank: int = 0, context_parallel_rank: int = 0) -> Layout:
@@ -110,8 +119,8 @@ class RunPlan:
         )
 
     def first_groups(self) -> list[Group]:
-        """What the first update trains."""
-        return with_advantages(self.source.next_groups(0), self.phases[0].objective)[: self.minibatch_size]
+        """What the first update trains, as far as it is known: not what will be sampled."""
+        return with_advantages(self.rows.next_groups(0), self.phases[0].objective)[: self.minibatch_size]
 
     def first_update(self) -> list[list[Plan]]:
         """The microbatches of the first update, by data-parallel rank."""
@@ -157,9 +166,12 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
     check_checkpoint(config.model.path, family, hf)
     resolve_backend(config.model.logprob_backend)
     _check_other_models(config, all_phases, hf)
+    check_options(config)
     template = ChatTemplate.load(config.model.path)
-    data = load_dataset(config.data, template, hf.vocab_size)
+    data = load_dataset(config, template, hf.vocab_size)
     _check_data(config, all_phases, data)
+    if isinstance(data, Prompts):
+        check_references(config, data)
     plan = RunPlan(
         config=config,
         hf=hf,
@@ -168,7 +180,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         phases=all_phases,
         template=template,
         data=data,
-        source=Source(data.groups, Sampler(len(data.groups), train.batch_size, train.seed, config.data.shuffle)),
+        sampler=Sampler(len(data.groups), train.batch_size, train.seed, config.data.shuffle),
         checkpoint=latest(checkpoint_folder(config)),
         notes=(),
     )
@@ -216,12 +228,15 @@ def _check_data(config: Config, all_phases: Sequence[Phase], data: Dataset) -> N
     """Refuse rows that an objective cannot be trained on."""
     kind, first = config.data.kind, data.groups[0][0]
     for phase in all_phases:
-        if kind not in phase.objective.trains_on:
+        trained = "rollouts" if kind == "prompts" else kind
+        if trained not in phase.objective.trains_on or (kind, phase.name) == SFT_ON_PROMPTS:
             rule = f"is not what {phase.objective_name} trains on"
             if phase.name == "warmup":
                 rule += f" (train.sft_warmup_steps={config.train.sft_warmup_steps})"
             known = ", ".join(sorted(phase.objective.trains_on))
             raise Refused(f"data.kind={kind}", rule, f"use data.kind={known}, or another objective")
+        if kind == "prompts":
+            continue
         if not with_advantages(data.groups, phase.objective):
             rule = f"hold nothing that {phase.objective_name} trains, such as rollouts beside their demonstration"
             raise Refused(f"{len(data.groups)} rows of {config.data.path}", rule, "use other rows, or another objective")
@@ -297,7 +312,8 @@ def _with_notes(plan: RunPlan) -> RunPlan:
             f"train.minibatch_size below train.batch_size={train.batch_size} (the paper: an eighth)."
         )
     notes.extend(plan.data.notes)
-    if plan.config.data.kind == "rollouts" and objective.objective.advantages is None and plan.config.data.select is None:
+    sampled = plan.config.data.kind in ("rollouts", "prompts")
+    if sampled and objective.objective.advantages is None and plan.config.data.select is None:
         notes.append(f"{name} reads no rewards: it imitates wrong rollouts too; data.select=rft trains on right ones alone.")
     where = plan.config.reference.placement
     if plan.needs_reference(objective):

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from megapsft.checkpoint.hf import import_hf
 from megapsft.data.pack import pack
+from megapsft.data.prompts import Prompts
 from megapsft.errors import Refused
 from megapsft.models.router import Router
 from megapsft.objectives.gspo import GSPO
@@ -133,13 +134,16 @@ def first_groups(plan: RunPlan, samples: int | None) -> list[Group]:
     Raises:
         Refused: fewer than 1 or more than there are, or no token of them is trained.
     """
+    if isinstance(plan.data, Prompts):
+        rule = "has no responses yet whose ratios could be measured"
+        raise Refused("data.kind=prompts", rule, "record some: megapsft rollout, then data.kind=rollouts")
     there = len(plan.data.groups)
     if samples is not None and not 1 <= samples <= there:
         raise Refused(f"--samples {samples}", f"must be 1 to {there}, the rows of {plan.config.data.path}", "leave it out")
     count, groups = plan.minibatch_size if samples is None else samples, []
     for step in range(-(-there // plan.config.train.batch_size)):  # at most one epoch: the objective may keep few of them
         if len(groups) < count:
-            groups += with_advantages(plan.source.next_groups(step), plan.phases[-1].objective)
+            groups += with_advantages(plan.rows.next_groups(step), plan.phases[-1].objective)
     groups = groups[:count]
     if not any(sample.loss_mask[1:].any() for group in groups for sample in group):
         raise Refused(f"the first {count} rows", "have no trained token: there is nothing to compare", "use more --samples")

@@ -7,10 +7,10 @@ import fcntl
 import math
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,23 +26,22 @@ from megapsft.checkpoint.hf import import_hf
 from megapsft.checkpoint.hf_save import keep_model
 from megapsft.config import flatten
 from megapsft.data.pack import pack
-from megapsft.errors import Refused
+from megapsft.data.prompts import Prompts
+from megapsft.errors import Refused, TrainingStopped
 from megapsft.metrics.sinks import Sinks, TensorBoard, WandB
 from megapsft.policy.build import Policy, build_chunks, distribute, half, transformer_config
 from megapsft.policy.critic import with_value_heads
 from megapsft.policy.reference import Copied, Reference, Swapped
 from megapsft.train.critic import Critic
+from megapsft.train.engines import open_engine
 from megapsft.train.optimizer import build_optimizer, forget, learning_rate
 from megapsft.train.phases import Phase, phase_of
 from megapsft.train.plan import RunPlan, checkpoint_folder, config_file, run_folder, to_yaml
-from megapsft.train.sources import Source
+from megapsft.train.sampled import Sampled
+from megapsft.train.sources import Rows, Source
 from megapsft.train.update import Report
 from megapsft.train.watch import Watch
 from megapsft.types import Group, Objective, TrainBatch
-
-
-class TrainingStopped(RuntimeError):
-    """The run cannot go on: too many updates in a row had to be skipped."""
 
 
 @dataclass
@@ -54,6 +53,18 @@ class Progressed:
     skipped_updates: int = 0
     skipped_in_a_row: int = 0
     trained_tokens: int = 0
+    drawn: int = 0  # of the stream of prompts, where responses to them are sampled
+    waiting: list[int] = field(default_factory=list)  # draws that were aborted, and come first in the next step
+
+
+class Evaluation(Protocol):
+    """What answers benchmarks with the policy as it is."""
+
+    def __call__(self, run: Run) -> dict[str, float]:
+        """The metrics, `evaluate/...`, on the first rank. Collective."""
+
+    def close(self) -> None:
+        """End what it started."""
 
 
 @dataclass
@@ -62,6 +73,7 @@ class Run:
     policy: Policy
     optimizer: ChainedOptimizer
     checkpoints: Checkpoints
+    source: Source
     sinks: Sinks | None  # on the first rank only
     progress: Progress | None  # on the first rank only
     done: Progressed = field(default_factory=Progressed)
@@ -70,15 +82,14 @@ class Run:
     reference: Reference | None = None  # frozen; of the present phase, where its objective compares with one
     critic: Critic | None = None  # of the present phase, where its objective has one
     watch: Watch = field(default_factory=Watch)
+    evaluation: Evaluation | None = None  # of benchmarks, where evaluate.data names some
     lock: IO | None = None  # held while the run lives, on the first rank
     clock: float = field(default_factory=time.perf_counter)
 
-    @property
-    def source(self) -> Source:
-        return self.plan.source
-
     def steps(self) -> Iterator[int]:
         """The steps still to do."""
+        if not self.done.step:
+            self.evaluate_if_due(-1)
         self.clock = time.perf_counter()
         yield from range(self.done.step, self.plan.steps)
 
@@ -150,9 +161,13 @@ class Run:
         """Write the step's own record: token means of its updates, and the entropy of the policy at its start."""
         reports, self.reports = self.reports, []
         self.done.step = step + 1
+        for name, value in self.source.state().items():
+            setattr(self.done, name, value)
         if not reports:
             kind = self.plan.config.data.kind
             self.say(f"step {step + 1}: {phase.objective_name} trains none of its {kind}; nothing was updated.")
+            if self.sinks and self.source.metrics:
+                self.sinks.write_step(self._record(step, phase) | dict(self.source.metrics))
             return
         tokens = sum(r["data/trained_tokens"] for r in reports)
         record: dict[str, float] = {}
@@ -172,11 +187,12 @@ class Run:
                 weighted = sum(v * r["data/trained_tokens"] for v, r in zip(values, reports, strict=True))
                 record[key] = weighted / tokens if tokens else 0.0
         record["perf/tokens_per_second"] = record["data/real_tokens"] / record["perf/seconds"]
+        record |= self.source.metrics
         best = record.get(self.plan.config.checkpoint.best_metric)
         if best is not None and math.isfinite(best) and step >= phase.policy_from:  # before, the policy was not trained
             self.since_checkpoint.append(best)
         if self.sinks:
-            self.sinks.write_step(self._record(step, phase) | {"epoch": self.source.sampler.epoch(step + 1)} | record)
+            self.sinks.write_step(self._record(step, phase) | {"epoch": self.source.epoch(step + 1)} | record)
         if step >= phase.policy_from:
             self.say(self.watch.step(phase, record, len(reports)))
         self.checkpoints.finish(blocking=False)
@@ -186,6 +202,18 @@ class Run:
         if text and self.sinks:
             console = self.progress.console if self.progress else Console(stderr=True)
             console.print(f"[yellow]note:[/] {text}", highlight=False)
+
+    def evaluate_if_due(self, step: int) -> None:
+        """Answer the benchmarks before the first step, every `evaluate.interval` steps, and after the last. Collective."""
+        done = step + 1
+        if self.evaluation is None or not (done % self.plan.config.evaluate.interval == 0 or done == self.plan.steps):
+            return
+        metrics = self.evaluation(self)
+        if self.sinks:
+            self.sinks.write_evaluation({"update": self.done.update, "step": done} | metrics)
+            found = (f"{key.removeprefix('evaluate/')} {value:.4g}" for key, value in metrics.items())
+            self.say(f"step {done}: {', '.join(found)}")
+        self.clock = time.perf_counter()  # the next update does not count it
 
     def save_if_due(self, step: int, phase: Phase) -> None:
         """A checkpoint every `checkpoint.interval` steps, at the end of a phase, and at the end of the run."""
@@ -205,6 +233,9 @@ class Run:
 
     def close(self) -> None:
         """Wait for the last checkpoint and close what writes."""
+        if self.evaluation is not None:
+            self.evaluation.close()
+        self.source.close()
         self.checkpoints.finish()
         if self.progress:
             self.progress.stop()
@@ -227,14 +258,16 @@ class Run:
         )
 
 
-def start(plan: RunPlan) -> Run:
+def start(plan: RunPlan, evaluation: Evaluation | None = None) -> Run:
     """Collective. Build the policy and its optimizer, fill them from the checkpoint or the Hugging Face folder, open sinks."""
     config, first = plan.config, dist.get_rank() == 0
     lock = _lock(run_folder(config)) if first else None
     policy = build_policy(plan)
     optimizer = build_optimizer(config.optimizer, config.parallel, policy)
     checkpoints = Checkpoints(checkpoint_folder(config), config.checkpoint, plan.pinned_steps)
-    run = Run(plan, policy, optimizer, checkpoints, None, None, lock=lock)
+    state = read_state(plan.checkpoint) if plan.checkpoint else {}
+    run = Run(plan, policy, optimizer, checkpoints, build_source(plan, policy, state), None, None)
+    run.evaluation, run.lock = evaluation, lock
     if plan.checkpoint is not None:
         _continue(run, plan.checkpoint)
     run.sinks = _open_sinks(plan, run.done) if first else None
@@ -245,7 +278,7 @@ def start(plan: RunPlan) -> Run:
 def _continue(run: Run, checkpoint: Path) -> None:
     """Collective. The run as it stood at the checkpoint, its reference included."""
     plan, state = run.plan, read_state(checkpoint)
-    run.done = Progressed(**{f.name: state[f.name] for f in dataclasses.fields(Progressed)})
+    run.done = Progressed(**{f.name: state[f.name] for f in dataclasses.fields(Progressed) if f.name in state})
     phase = phase_of(plan.phases, min(run.done.step, plan.steps - 1))
     if run.done.step > phase.first_step:  # in the middle of it; at its beginning `enter` does all this
         if plan.needs_reference(phase):
@@ -256,6 +289,13 @@ def _continue(run: Run, checkpoint: Path) -> None:
     if not plan.config.checkpoint.load_optimizer:
         for _, optimizer in run.models().values():
             optimizer.reload_model_params()
+
+
+def build_source(plan: RunPlan, policy: Policy, state: Mapping[str, Any]) -> Source:
+    """Collective. Rows of the file, or what an engine answers to them; `state` is that of the checkpoint."""
+    if isinstance(plan.data, Prompts):
+        return Sampled(plan.config, plan.data, plan.template, open_engine(plan, policy), state)
+    return Rows(plan.data.groups, plan.sampler)
 
 
 def build_policy(plan: RunPlan) -> Policy:

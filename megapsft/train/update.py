@@ -21,9 +21,14 @@ from megapsft.policy.forward import Consume, Head, evaluate, forward_backward, r
 from megapsft.policy.reference import Reference
 from megapsft.train.optimizer import step_if_finite
 from megapsft.train.phases import has_old_policy
-from megapsft.types import Metric, Microbatch, Minibatch, Objective, PolicyOutput
+from megapsft.types import Metric, Microbatch, Minibatch, Objective, Over, PolicyOutput
 
 MOST_TOTALS = 16  # of an objective
+MISMATCH_METRICS: dict[str, Over] = {
+    "rollout/mismatch_kl": "mean",
+    "rollout/mismatch_k3": "mean",
+    "rollout/mismatch_max": "max",
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,9 @@ def update(
     if objective.totals_need is not None:
         minibatch = with_totals(policy, objective, minibatch)
     entropies = ("policy/entropy", "policy/old_entropy") if has_old_policy(objective) else ("policy/entropy",)
-    reduction = Reduction({**objective.metrics, **dict.fromkeys(entropies, "mean")}, policy.device)
+    compares = has_old_policy(objective) and _sampled_elsewhere(minibatch)
+    measured = {**objective.metrics, **dict.fromkeys(entropies, "mean"), **(MISMATCH_METRICS if compares else {})}
+    reduction = Reduction(measured, policy.device)
 
     def consume(output: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
         output = read(output)
@@ -60,6 +67,8 @@ def update(
         losses, metrics = objective(output, microbatch)
         loss = torch.where(microbatch.loss_mask, microbatch.loss_weights * losses, 0.0).sum()
         if _counts():
+            if compares:
+                metrics = metrics | mismatch_metrics(microbatch)
             values = zip(entropies, (output.entropy, microbatch.old_entropy), strict=False)
             reduction.add({**metrics, **{key: Metric(value) for key, value in values}}, microbatch.loss_mask)
         return loss, loss.detach().double()
@@ -151,6 +160,24 @@ def with_totals(policy: Policy, objective: Objective, minibatch: Minibatch) -> M
     totals = dict(zip(names, sums.tolist(), strict=False))
     microbatches = tuple(dataclasses.replace(m, totals=totals) for m in minibatch.microbatches)
     return dataclasses.replace(minibatch, microbatches=microbatches)
+
+
+def mismatch_metrics(microbatch: Microbatch) -> dict[str, Metric]:
+    """How far the engine that sampled is from the policy before the step, on the tokens of rollouts."""
+    where = microbatch.loss_mask & ~microbatch.demonstration
+    both = (microbatch.old_logprobs, microbatch.rollout_logprobs)
+    old, rollout = (torch.where(where, logprobs.detach(), 0) for logprobs in both)
+    d, weights = old - rollout, where.to(old.dtype)
+    return {
+        "rollout/mismatch_kl": Metric(-d, "mean", weights),
+        "rollout/mismatch_k3": Metric((torch.expm1(d) - d).clamp(max=torch.finfo(d.dtype).max), "mean", weights),
+        "rollout/mismatch_max": Metric(d.abs(), "max", weights),
+    }
+
+
+def _sampled_elsewhere(minibatch: Minibatch) -> bool:
+    """Whether the rows say what an engine thought of them; on all ranks the same, as all rows do or none."""
+    return any(microbatch.rollout_logprobs is not None for microbatch in minibatch.microbatches)
 
 
 def _counts() -> bool:

@@ -5,7 +5,7 @@ from operator import add, floordiv, mul, sub
 
 import pytest
 
-from megapsft.data.arithmetic import FINAL, MOST, TEMPLATES, generate, preferences, read_problems, rollouts, write_jsonl, wrong
+from megapsft.data.arithmetic import FINAL, LEVELS, MOST, generate, preferences, read_problems, rollouts, write_jsonl, wrong
 from megapsft.errors import Refused
 
 STEP = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
@@ -53,7 +53,7 @@ def test_no_problem_comes_twice(rows):
 def test_problems_have_one_to_three_steps(rows):
     shapes = {len(STEP.findall(row["answer"])) for row in rows}
     assert shapes == {1, 2, 3}
-    assert len(TEMPLATES) >= 6
+    assert len(LEVELS["worded"]) >= 6
 
 
 def test_a_seed_is_a_data_set(rows):

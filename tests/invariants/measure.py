@@ -42,12 +42,12 @@ def measure(old: Path, new: Path, data: Path, options: tuple[str, ...], samples:
     initialize(plan.mesh, config.parallel, seed=1)
     policy = build_policy(plan)
     optimizer = build_optimizer(config.optimizer, config.parallel, policy)
-    run = Run(plan, policy, optimizer, None, None, None)
+    run = Run(plan, policy, optimizer, None, plan.rows, None, None)
     results = {}
     for name, section in OBJECTIVES.items():
         objective = build_objective(section)
         import_hf(policy.gpt_models(), old, plan.hf)
-        (minibatch,) = run.pack(plan.source.next_groups(0), objective).minibatches
+        (minibatch,) = run.pack(plan.rows.next_groups(0), objective).minibatches
         if objective.needs:
             minibatch = with_old_policy(policy, minibatch)
         import_hf(policy.gpt_models(), new, plan.hf)

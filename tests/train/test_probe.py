@@ -214,8 +214,8 @@ def test_a_number_of_samples_that_cannot_be(samples, tiny_models, tiny_data):
 
 def test_nothing_to_compare(tiny_models, tiny_data):
     plan = plan_of(tiny_models("qwen3"), tiny_data, *COLUMNS)
-    masked = tuple((dataclasses.replace(s, loss_mask=np.zeros_like(s.loss_mask)),) for (s,) in plan.source.groups)
-    plan = dataclasses.replace(plan, source=dataclasses.replace(plan.source, groups=masked))
+    masked = tuple((dataclasses.replace(s, loss_mask=np.zeros_like(s.loss_mask)),) for (s,) in plan.data.groups)
+    plan = dataclasses.replace(plan, data=dataclasses.replace(plan.data, groups=masked))
     with pytest.raises(Refused, match="have no trained token: there is nothing to compare"):
         first_groups(plan, 2)
 

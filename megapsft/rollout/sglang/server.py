@@ -1,0 +1,142 @@
+"""One server's processes: which interpreter has SGLang, how it is started, and how it is ended with nothing left of it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megapsft.errors import Refused
+
+SERVE = Path(__file__).with_name("serve.py")
+INTERPRETER = "MEGAPSFT_SGLANG_PYTHON"  # environment variable
+ENVIRONMENT = Path(".venv-sglang/bin/python")  # of `make sglang`
+OURS = {"--host", "--port", "--model-path", "--model", "--dtype", "--tp-size", "--tensor-parallel-size", "--tp"}
+OURS |= {"--weight-version", "--device"}
+# of torchrun, whose world a server would join; and the one that changes what its log-probabilities are
+NOT_FOR_SERVERS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+NOT_FOR_SERVERS |= {"SGLANG_RETURN_ORIGINAL_LOGPROB"}
+TERM_SECONDS, KILL_SECONDS = 10.0, 10.0
+LAST_LINES = 20
+
+
+class Server:
+    """A server on this machine's loopback: at most one process group at a time, which is ended by `stop` or with this process.
+
+    The thread that calls `start` must live as long as the server: the kernel ends the server with it.
+    """
+
+    def __init__(
+        self, *, python: Path, model: Path, dtype: str, tp_size: int, port: int, arguments: Sequence[str], log: Path
+    ):
+        """`port`: 0 for any that is free, anew with each start."""
+        for argument in arguments:
+            if argument.split("=")[0] in OURS:
+                remedy = "leave it out: rollout.* and model.* have it"
+                raise Refused(f"rollout.server_args: {argument}", "is set by the engine", remedy)
+        self._command = [str(python), str(SERVE), str(os.getpid()), "--model-path", str(model), "--host", "127.0.0.1"]
+        self._options = ["--dtype", dtype, "--tp-size", str(tp_size), "--skip-tokenizer-init", "--skip-server-warmup"]
+        self._options += ["--weight-version", "0", "--log-level", "warning", *arguments]
+        self._wanted, self.port, self.log = port, port, log
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int | None:
+        return self._process and self._process.pid
+
+    def start(self) -> None:
+        """Raises Refused where its port is in use."""
+        self.port = self._wanted or free_port()
+        check_free(self.port)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        environment = {k: v for k, v in os.environ.items() if k not in NOT_FOR_SERVERS and not k.startswith("TORCHELASTIC_")}
+        environment |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        if sys.platform.startswith("linux"):
+            environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*self._command, "--port", str(self.port), *self._options],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+            )  # fmt: skip
+
+    def ended(self) -> str | None:
+        """How, where it has."""
+        code = self._process.poll() if self._process else None
+        if code is None:
+            return None
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+    def stop(self) -> None:
+        """SIGTERM to its main process alone (SGLang takes one to its group for a crash), then SIGKILL to what is left."""
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(TERM_SECONDS)
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL to its process group, of which it is the leader."""
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(KILL_SECONDS)
+        self._process = None
+
+    def last_lines(self) -> str:
+        """The end of its log."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 16384))
+                lines = file.read().decode(errors="replace").splitlines()
+        except OSError:
+            return "(no log)"
+        return "\n".join(line[:500] for line in lines[-LAST_LINES:])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            rule = f"cannot be listened on: {error.strerror}"
+            remedy = "use rollout.port=0 for any that is free, or end what listens there"
+            raise Refused(f"rollout.port={port}", rule, remedy) from None
+
+
+def find_python(configured: str | None) -> Path:
+    """The interpreter that has SGLang: the configured one, $MEGAPSFT_SGLANG_PYTHON, .venv-sglang, or this one."""
+    for name, wanted in (("rollout.python", configured), (INTERPRETER, os.environ.get(INTERPRETER))):
+        if wanted:
+            path = Path(wanted).expanduser()
+            if not os.access(path, os.X_OK):
+                remedy = "name bin/python of an environment that has sglang"
+                raise Refused(f"{name}={wanted}", "is not an interpreter", remedy)
+            return path
+    for folder in (Path.cwd(), Path(__file__).resolve().parents[3]):
+        if (folder / ENVIRONMENT).is_file():
+            return folder / ENVIRONMENT
+    if importlib.util.find_spec("sglang") is not None:
+        return Path(sys.executable)
+    remedy = f"run `make sglang`, or name an interpreter that has it: rollout.python=... or {INTERPRETER}=..."
+    raise Refused("rollout.engine=sglang", "SGLang is not installed", remedy)

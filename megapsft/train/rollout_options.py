@@ -1,0 +1,89 @@
+"""What must hold of the options of rollouts and rewards, known before anything starts."""
+
+from __future__ import annotations
+
+from megapsft.config import Config, RolloutConfig, flatten
+from megapsft.data.prompts import Prompts
+from megapsft.errors import Refused
+from megapsft.rewards.registry import build_reward
+from megapsft.rollout.base import Sampling
+from megapsft.rollout.sglang.server import find_python
+
+OF_SGLANG = (  # keys of `rollout` that only its servers read, and that change how responses come, not which
+    "urls", "servers", "tensor_parallel_size", "port", "python", "server_args", "weight_update", "bucket_bytes", "on_update",
+    "requests_per_server", "startup_timeout", "request_timeout", "health_interval", "retries", "max_restarts",
+)  # fmt: skip
+OF_SERVERS_STARTED = ("servers", "tensor_parallel_size", "port", "python", "server_args", "startup_timeout", "max_restarts")
+DEFAULTS = RolloutConfig()
+
+
+def check_options(config: Config) -> None:
+    """Refuse options of rollouts and rewards that nothing would read, that contradict each other, or that lack another."""
+    options, samples = config.rollout, config.data.kind == "prompts"
+    if not samples:
+        _check_nothing_sampled(config)
+    if samples or config.evaluate.data:
+        _check_engine(options)
+    if config.evaluate.data:
+        Sampling(temperature=config.evaluate.temperature, top_p=config.evaluate.top_p, max_tokens=config.evaluate.max_tokens)
+    if not samples:
+        return
+    Sampling(temperature=config.train.temperature, top_p=options.top_p, top_k=options.top_k, max_tokens=options.max_tokens)
+    labels = [build_reward(entry)[0] for entry in config.rewards]
+    if not labels:
+        remedy = "use rewards='[{name: math_answer}]', see docs/rewards.md"
+        raise Refused("rewards=[]", "names none, and sampled responses have no other worth", remedy)
+    if options.dynamic_sampling is not None and options.dynamic_sampling not in labels:
+        rule = f"is not a reward; there are: {', '.join(labels)}"
+        raise Refused(f"rollout.dynamic_sampling={options.dynamic_sampling}", rule, f"use rollout.dynamic_sampling={labels[0]}")
+    if options.dynamic_sampling is None and options.max_rounds != DEFAULTS.max_rounds:
+        rule = "is of dynamic sampling, which is off"
+        remedy = f"set rollout.dynamic_sampling={labels[0]}, or leave it out"
+        raise Refused(f"rollout.max_rounds={options.max_rounds}", rule, remedy)
+    if options.oversample < 1:
+        raise Refused(f"rollout.oversample={options.oversample}", "must be 1 or more", "1.25 asks for a quarter more")
+
+
+def _check_nothing_sampled(config: Config) -> None:
+    """Only benchmarks are answered, if any."""
+    rule, remedy = f"is of sampled responses, and data.kind={config.data.kind}", "use data.kind=prompts, or leave it out"
+    of_engine = (*OF_SGLANG, "engine", "max_batch_size") if config.evaluate.data else ()
+    for key, value in flatten(config).items():
+        section, _, name = key.partition(".")
+        if section == "rollout" and name not in of_engine and value != getattr(DEFAULTS, name):
+            raise Refused(f"{key}={value}", rule, remedy)
+    if config.rewards:
+        raise Refused(f"rewards={list(config.rewards)}", rule, remedy)
+
+
+def _check_engine(options: RolloutConfig) -> None:
+    if options.engine == "inprocess":
+        for key in OF_SGLANG:
+            if getattr(options, key) != getattr(DEFAULTS, key):
+                rule = "is of SGLang servers, and rollout.engine=inprocess has none"
+                raise Refused(f"rollout.{key}={getattr(options, key)}", rule, "use rollout.engine=sglang, or leave it out")
+        for key in ("oversample", "max_weight_lag"):
+            if getattr(options, key) != getattr(DEFAULTS, key):
+                rule = "needs an engine that samples while the policy is trained, and rollout.engine=inprocess is the policy"
+                raise Refused(f"rollout.{key}={getattr(options, key)}", rule, "use rollout.engine=sglang, or leave it out")
+    elif options.max_batch_size != DEFAULTS.max_batch_size:
+        remedy = "use rollout.requests_per_server, or leave it out"
+        raise Refused(f"rollout.max_batch_size={options.max_batch_size}", "is of rollout.engine=inprocess", remedy)
+    if options.engine == "sglang" and not options.urls:
+        find_python(options.python)
+    if options.urls:
+        for key in OF_SERVERS_STARTED:
+            if getattr(options, key) != getattr(DEFAULTS, key):
+                rule = "is of servers that are started here, and rollout.urls names others"
+                raise Refused(f"rollout.{key}={getattr(options, key)}", rule, "leave one of the two out")
+
+
+def check_references(config: Config, prompts: Prompts) -> None:
+    """Refuse rows without the reference that a reward compares with."""
+    for entry in config.rewards:
+        label, reward = build_reward(entry)
+        lacking = next((row for row in prompts.prompts if not (row.reference or "").strip()), None)
+        if reward.needs_reference and lacking is not None:
+            there = ", ".join(map(str, lacking.row))
+            rule = f"has no column {config.data.columns.reference!r}, which the reward {label} needs; it has: {there}"
+            raise Refused(lacking.source, rule, "name the column: data.columns.reference=answer")

@@ -1,0 +1,62 @@
+"""Options of rollouts at the door. Not here: what the rewards refuse of their own (tests/rewards)."""
+
+import sys
+
+import pytest
+
+from megapsft.config import load_config
+from megapsft.errors import Refused
+from megapsft.train.rollout_options import check_options
+
+
+@pytest.fixture(autouse=True)
+def an_interpreter_for_servers(monkeypatch):
+    monkeypatch.setenv("MEGAPSFT_SGLANG_PYTHON", sys.executable)
+
+
+REWARDS = "rewards=[{name: format}, {name: length, label: brief, soft_limit: 4}]"
+PROMPTS = ["data.kind=prompts", REWARDS]
+SGLANG = [*PROMPTS, "rollout.engine=sglang"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "refusal"),
+    [
+        (["rollout.n=4"], "rollout.n=4: is of sampled responses, and data.kind=demonstrations; use data.kind=prompts"),
+        (["rollout.engine=sglang"], "rollout.engine=sglang: is of sampled responses"),
+        ([REWARDS], "is of sampled responses"),
+        (["evaluate.data=[a.jsonl]", "rollout.n=4"], "rollout.n=4: is of sampled responses"),
+        (["data.kind=prompts"], r"rewards=\[\]: names none"),
+        (["data.kind=prompts", "rewards=[{name: nothing}]"], "'nothing': is not known"),
+        ([*PROMPTS, "rollout.urls=[http://127.0.0.1:1]"], "is of SGLang servers, and rollout.engine=inprocess has none"),
+        ([*PROMPTS, "rollout.weight_update=disk"], "rollout.weight_update=disk: is of SGLang servers"),
+        ([*PROMPTS, "rollout.max_weight_lag=1"], "rollout.max_weight_lag=1: needs an engine that samples while"),
+        ([*PROMPTS, "rollout.oversample=1.5"], "rollout.oversample=1.5: needs an engine"),
+        ([*PROMPTS, "rollout.top_p=1.5"], "top_p=1.5: must be above 0 and at most 1"),
+        ([*PROMPTS, "rollout.top_k=0"], "top_k=0: must be 1 or more, or -1"),
+        (["evaluate.data=[a.jsonl]", "evaluate.top_p=2"], "top_p=2.0: must be above 0"),
+        ([*SGLANG, "rollout.python=/nowhere/python"], "nowhere/python"),
+        ([*SGLANG, "rollout.oversample=0.5"], "rollout.oversample=0.5: must be 1 or more"),
+        ([*SGLANG, "rollout.max_batch_size=8"], "rollout.max_batch_size=8: is of rollout.engine=inprocess"),
+        ([*SGLANG, "rollout.urls=[http://127.0.0.1:1]", "rollout.servers=2"], "rollout.servers=2: is of servers"),
+        ([*PROMPTS, "rollout.dynamic_sampling=length"], "=length: is not a reward; there are: format, brief"),
+        ([*PROMPTS, "rollout.max_rounds=2"], "rollout.max_rounds=2: is of dynamic sampling, which is off"),
+    ],
+)
+def test_what_is_refused(overrides, refusal):
+    with pytest.raises(Refused, match=refusal):
+        check_options(load_config(None, overrides))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        PROMPTS,
+        [*SGLANG, "rollout.oversample=1.5", "rollout.max_weight_lag=2", "rollout.servers=2"],
+        [*PROMPTS, "rollout.dynamic_sampling=brief", "rollout.max_rounds=2"],
+        ["evaluate.data=[a.jsonl]", "rollout.engine=sglang", "rollout.servers=2"],
+    ],
+)
+def test_what_is_not(overrides):
+    check_options(load_config(None, overrides))
