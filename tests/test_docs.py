@@ -44,6 +44,15 @@ RUN = {  # every command that is run, in this order, and what is put behind it t
     "train.minibatch_size=4 train.steps=2",
     "megapsft make-data --kind rollouts --from gsm8k-train.jsonl --out rollouts.jsonl": "",
     "megapsft train configs/grpo/tiny-qwen3-rollouts.yaml data.path=rollouts.jsonl": "train.batch_size=4 train.steps=1",
+    "megapsft make-data --level easy --count 8000 --out arithmetic.jsonl": "",
+    "megapsft init-model --family qwen3 --data arithmetic.jsonl --vocab-size 320 --num-layers 3 --out models/easy": "",
+    "megapsft train configs/psft/tiny-qwen3-arithmetic.yaml model.path=models/easy": "train.sft_warmup_steps=2 train.steps=1",
+    "megapsft export runs/psft-tiny-qwen3-arithmetic --out models/arithmetic": "",
+    "megapsft train configs/grpo/tiny-qwen3-arithmetic.yaml": "train.steps=1",
+    "megapsft evaluate --model models/arithmetic --data arithmetic.jsonl --limit 100 --n 8 --max-tokens 24 "
+    "--out evaluations/before": "",
+    "megapsft rollout --model models/arithmetic --data arithmetic.jsonl --limit 100 --n 4 --max-tokens 24 "
+    "--out rollouts-of-mine.jsonl": "",
     PSFT.replace("train", "probe", 1): "train.batch_size=8 train.minibatch_size=4",
     "python -m tests.oracles tests/oracles/vectors.json": "",
     "python -m tests.invariants": "--kind dense --split 'microbatches of 2'",
@@ -54,6 +63,7 @@ RUN = {  # every command that is run, in this order, and what is put behind it t
 ELSEWHERE = {
     "make quickstart": "tests/e2e/test_quickstart.py runs what it runs",
     "make test": "is this suite",
+    "megapsft train configs/grpo/tiny-qwen3-arithmetic.yaml rollout.engine=sglang run.dir=runs/grpo-sglang": "test_rl_sglang.py",
     f"srun --nodes 2 --ntasks-per-node 8 python {SFT}": "needs Slurm; behind srun it is the torchrun command, compared below",
 }
 

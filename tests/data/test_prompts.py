@@ -34,19 +34,25 @@ def test_a_row_is_its_prompt_with_what_it_is_measured_by(load, chatml):
         assert chatml.tokenizer.decode(row.token_ids) == chatml.render_prompt(given["question"])
         assert (row.prompt, row.reference, dict(row.row)) == (given["question"], given["answer"], given)
     for group, row in zip(data.groups, data.prompts, strict=True):
-        assert tuple(group[0].token_ids) == row.token_ids and not group[0].loss_mask.any()
+        assert tuple(group[0].token_ids) == row.token_ids
+        assert not group[0].loss_mask.any()
     assert data.response_tokens == 0
 
 
 def test_a_demonstration_stands_behind_its_prompt(load, chatml):
     columns = ColumnsConfig(prompt="question", reference="answer", demonstration="answer")
     data = load(columns=columns)
-    assert data.demonstrations == 2 and "2 of 3 prompts have a demonstration" in data.notes[0]
+    assert data.demonstrations == 2
+    assert "2 of 3 prompts have a demonstration" in data.notes[0]
     first = data.prompts[0].demonstration
     expected, prompt_length = chatml.encode(ROWS[0]["question"], ROWS[0]["answer"])
-    assert first.token_ids.tolist() == expected.tolist() and first.loss_mask.sum() == len(expected) - prompt_length
-    assert first.demonstration and first.reward == 1 and not first.rollout_logprobs.any()
-    assert data.groups[0] == (first,) and data.prompts[2].demonstration is None
+    assert first.token_ids.tolist() == expected.tolist()
+    assert first.loss_mask.sum() == len(expected) - prompt_length
+    assert first.demonstration
+    assert first.reward == 1
+    assert not first.rollout_logprobs.any()
+    assert data.groups[0] == (first,)
+    assert data.prompts[2].demonstration is None
 
 
 def test_a_number_is_a_reference(load):
@@ -59,7 +65,9 @@ def test_a_prompt_without_room_is_dropped_or_refused(load):
     lengths = [len(row.token_ids) for row in load([ROWS[0], {"question": "What is 2 plus 2? " * 5, "answer": "4"}]).prompts]
     rows = [ROWS[0], {"question": "What is 2 plus 2? " * 5, "answer": "4"}]
     data = load(rows, max_length=lengths[0] + 16)
-    assert len(data.prompts) == 1 and data.dropped == 1 and "1 of 2 prompts dropped" in data.notes[0]
+    assert len(data.prompts) == 1
+    assert data.dropped == 1
+    assert "1 of 2 prompts dropped" in data.notes[0]
     with pytest.raises(Refused, match=f"has {lengths[1] + 16} tokens"):
         load(rows, max_length=lengths[0] + 16, overlong="error")
     with pytest.raises(Refused, match=f"use {lengths[1] + 16}, or fewer rollout.max_tokens"):

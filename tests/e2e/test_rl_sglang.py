@@ -24,7 +24,8 @@ def test_two_ranks_learn_from_a_server(family, split, options, train, half_knowi
     steps = train("grpo", half_knowing(family), "run", split, *SGLANG, *options, ranks=2)
     assert len(steps) == 3
     for step in steps:
-        assert step["rollout/groups"] == 8 and step["data/samples"] == 32
+        assert step["rollout/groups"] == 8
+        assert step["data/samples"] == 32
         assert step["rollout/weight_lag_max"] == 0  # each step is sampled with the weights that the one before left
         assert step["rollout/mismatch_max"] < 2e-3  # fp32 on both sides
         assert step["perf/weight_update_seconds"] > 0
@@ -35,6 +36,7 @@ def test_steps_ahead_are_sampled_while_one_is_trained(train, half_knowing):  # n
     steps = train("grpo", half_knowing(), "run", *SGLANG, *ahead)
     assert [step["rollout/groups"] for step in steps] == [8] * 5
     lags = [step["rollout/weight_lag_max"] for step in steps]
-    assert lags[0] == 0 and max(lags) == 1
+    assert lags[0] == 0
+    assert max(lags) == 1
     drawn = 32 * steps[-1]["epoch"]
     assert 40 <= drawn <= 60  # what was drawn beyond the forty that are trained waits

@@ -55,7 +55,8 @@ def test_without_oversampling_a_step_is_the_next_prompts():
     assert [one.draw for one in second.answered] == [3, 4, 5]
     assert second.stream == Stream(drawn=6)
     for one in (*first.answered, *second.answered):
-        assert len(one.rollouts) == 2 and all(rollout.prompt_ids == prompt_of(one.draw) for rollout in one.rollouts)
+        assert len(one.rollouts) == 2
+        assert all(rollout.prompt_ids == prompt_of(one.draw) for rollout in one.rollouts)
     assert len({request.number for request in engine.asked}) == 12  # no two share a seed
 
 
@@ -73,14 +74,16 @@ def test_every_draw_is_trained_once_or_waits(seed, oldest_behind):
         for one in before.answered:
             assert len(one.rollouts) == 3
             for rollout in one.rollouts:
-                assert rollout.finish_reason == "stop" and rollout.weight_version >= oldest
+                assert rollout.finish_reason == "stop"
+                assert rollout.weight_version >= oldest
                 assert rollout.prompt_ids == prompt_of(one.draw)
         trained += [one.draw for one in before.answered]
         restarted += before.restarted
         aborted += before.aborted
     assert len(trained) == len(set(trained))
     assert sorted([*trained, *before.stream.waiting]) == list(range(before.stream.drawn))
-    assert aborted > 0 and (restarted > 0) == (oldest_behind < 100)
+    assert aborted > 0
+    assert (restarted > 0) == (oldest_behind < 100)
 
 
 def test_an_aborted_rollout_is_gone_on_with():
@@ -135,4 +138,7 @@ def test_rounds_end_where_nothing_teaches():
         informative=lambda whole: [False] * len(whole),
         rounds=3,
     )
-    assert found.answered == () and found.rounds == 3 and found.discarded == 12 and found.stream == Stream(drawn=12)
+    assert found.answered == ()
+    assert found.rounds == 3
+    assert found.discarded == 12
+    assert found.stream == Stream(drawn=12)

@@ -1,0 +1,121 @@
+"""RL of a tiny model on generated problems, from a PSFT warm start: accuracy over steps, with both engines, and with a reward
+that knows nothing as the control.
+
+    python benchmarks/rl.py --work runs/rl --json docs/results/rl.json --plot docs/results/rl.png
+
+Every run is a shipped config and `megapsft train`; one that is there already is continued, and only then read. Accuracy is that
+of one response at temperature 1 to each of 200 problems that are in no training file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megapsft.data.arithmetic import generate, write_jsonl
+from megapsft.metrics.records import read_records
+from megapsft.report.evaluations import draw_evaluations
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = {  # label -> overrides of configs/grpo/tiny-qwen3-arithmetic.yaml
+    "in process": [],
+    "SGLang": ["rollout.engine=sglang"],
+    "random reward (control)": [f"rewards=[{{name: {ROOT / 'benchmarks/random_reward.py'}}}]"],
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/rl"), help="models and runs go here (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--plot", type=Path, help="draw accuracy over steps into this PNG")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config of every RL run")
+    options = parser.parse_args()
+    data, test = make_data(options.work)
+    model = warm_start(options.work, data)
+    figures = {}
+    for label, overrides in RUNS.items():
+        run = options.work / label.split(" (")[0].replace(" ", "-").lower()
+        if "rollout.engine=sglang" not in overrides:
+            overrides = [*overrides, "rollout.max_batch_size=256"]
+        where = [f"model.path={model}", f"data.path={data}", f"run.dir={run}", f"evaluate.data=[{test}]"]
+        _megapsft("train", str(ROOT / "configs/grpo/tiny-qwen3-arithmetic.yaml"), *where, *overrides, *options.overrides)
+        figures[label] = read(run)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    if options.plot:
+        draw_evaluations({label: points(one) for label, one in figures.items()}, "Accuracy (share of problems)", options.plot)
+    Console(width=120).print(table(figures))
+    return 0
+
+
+def make_data(work: Path) -> tuple[Path, Path]:
+    """Problems to train on and others to be measured by."""
+    train, test = work / "train.jsonl", work / "test.jsonl"
+    if not test.is_file():
+        rows = generate(8200, 1, "easy")
+        write_jsonl(train, rows[:8000])
+        write_jsonl(test, rows[8000:])
+    return train, test
+
+
+def warm_start(work: Path, data: Path) -> Path:
+    """A model after PSFT, which answers some of the problems right."""
+    tiny, run, out = work / "tiny", work / "psft", work / "warm"
+    if not tiny.exists():
+        sizes = ["--vocab-size", "320", "--num-layers", "3"]
+        _megapsft("init-model", "--family", "qwen3", "--data", str(data), *sizes, "--out", str(tiny))
+    if not out.exists():
+        config = str(ROOT / "configs/psft/tiny-qwen3-arithmetic.yaml")
+        _megapsft("train", config, f"model.path={tiny}", f"data.path={data}", f"run.dir={run}")
+        _megapsft("export", str(run), "--out", str(out))
+    return out
+
+
+def read(run: Path) -> dict:
+    steps, found = read_records(run / "steps.jsonl"), read_records(run / "evaluations.jsonl")
+    whole = sum(step["perf/seconds"] for step in steps)
+    return {
+        "accuracy": [
+            {"step": one["step"], "avg": one["evaluate/test/avg"], "standard_error": one["evaluate/test/avg_se"]} for one in found
+        ],
+        "reward": [step["reward/mean"] for step in steps],
+        "entropy": [step["policy/entropy"] for step in steps],
+        "seconds": whole,
+        "share_of_rollouts": sum(step["perf/rollout_wait_seconds"] for step in steps) / whole,
+        "share_of_weight_updates": sum(step["perf/weight_update_seconds"] for step in steps) / whole,
+        "mismatch_max": max(step["rollout/mismatch_max"] for step in steps),
+    }
+
+
+def points(figures: dict) -> list[tuple[float, float, float]]:
+    """(step, accuracy, standard error)."""
+    return [(one["step"], one["avg"], one["standard_error"]) for one in figures["accuracy"]]
+
+
+def table(figures: dict[str, dict]) -> Table:
+    shown = Table(title="accuracy on 200 problems, one response each at temperature 1")
+    for heading in ("run", "before", "after", "steps", "seconds", "of it sampling", "weight updates", "largest mismatch"):
+        shown.add_column(heading)
+    for label, one in figures.items():
+        first, last = ("{avg:.3f} ± {standard_error:.3f}".format(**point) for point in (one["accuracy"][0], one["accuracy"][-1]))
+        shares = (f"{one[key]:.0%}" for key in ("share_of_rollouts", "share_of_weight_updates"))
+        steps, seconds = str(len(one["reward"])), f"{one['seconds']:.0f}"
+        shown.add_row(label, first, last, steps, seconds, *shares, f"{one['mismatch_max']:.1e}")
+    return shown
+
+
+def _megapsft(*arguments: str) -> None:
+    print("megapsft " + " ".join(arguments), flush=True)
+    subprocess.run([sys.executable, "-m", "megapsft.cli", *arguments], check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
