@@ -30,7 +30,7 @@ class Sampler:
         if seed < 0:
             raise Refused(f"train.seed={seed}", "must not be negative", "set train.seed=1234")
         self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
-        self._orders: dict[int, np.ndarray] = {}  # of the epochs of the last batch: the next one mostly needs the same
+        self._orders: dict[int, np.ndarray] = {}
 
     def indices(self, step: int) -> np.ndarray:
         """Samples of batch `step` (from 0): [batch_size] int64, each below `size`."""
@@ -42,8 +42,11 @@ class Sampler:
             return np.zeros(0, np.int64)
         epochs, places = np.divmod(np.arange(start, start + count), self.size)
         needed = range(int(epochs[0]), int(epochs[-1]) + 1)
-        self._orders = {epoch: self._orders[epoch] if epoch in self._orders else self._order(epoch) for epoch in needed}
-        return np.concatenate([self._orders[epoch][places[epochs == epoch]] for epoch in needed])
+        orders = self._orders  # of some epochs: the next draw mostly needs the same; it may come from another thread
+        if any(epoch not in orders for epoch in needed):
+            near = {epoch: order for epoch, order in orders.items() if abs(epoch - needed.start) <= 1}
+            orders = self._orders = near | {epoch: self._order(epoch) for epoch in needed if epoch not in near}
+        return np.concatenate([orders[epoch][places[epochs == epoch]] for epoch in needed])
 
     def epoch(self, step: int) -> float:
         """Epochs done when batch `step` begins."""

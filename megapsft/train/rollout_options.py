@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from megapsft.checkpoint.hf_folder import is_hf
 from megapsft.config import Config, RolloutConfig, flatten
 from megapsft.data.prompts import Prompts
 from megapsft.errors import Refused
@@ -23,7 +26,7 @@ def check_options(config: Config) -> None:
     if not samples:
         _check_nothing_sampled(config)
     if samples or config.evaluate.data:
-        _check_engine(options)
+        _check_engine(config)
     if config.evaluate.data:
         Sampling(temperature=config.evaluate.temperature, top_p=config.evaluate.top_p, max_tokens=config.evaluate.max_tokens)
     if not samples:
@@ -56,7 +59,8 @@ def _check_nothing_sampled(config: Config) -> None:
         raise Refused(f"rewards={list(config.rewards)}", rule, remedy)
 
 
-def _check_engine(options: RolloutConfig) -> None:
+def _check_engine(config: Config) -> None:
+    options = config.rollout
     if options.engine == "inprocess":
         for key in OF_SGLANG:
             if getattr(options, key) != getattr(DEFAULTS, key):
@@ -71,6 +75,9 @@ def _check_engine(options: RolloutConfig) -> None:
         raise Refused(f"rollout.max_batch_size={options.max_batch_size}", "is of rollout.engine=inprocess", remedy)
     if options.engine == "sglang" and not options.urls:
         find_python(options.python)
+        if Path(config.model.path).is_dir() and not is_hf(Path(config.model.path)):
+            rule = "is no Hugging Face folder, which SGLang's servers start from"
+            raise Refused(f"model.path={config.model.path}", rule, "megapsft convert megatron-to-hf makes one")
     if options.urls:
         for key in OF_SERVERS_STARTED:
             if getattr(options, key) != getattr(DEFAULTS, key):

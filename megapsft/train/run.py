@@ -253,6 +253,8 @@ class Run:
             f"nll {metrics['objective/nll']:.3f}  entropy {metrics['policy/entropy']:.3f}  "
             f"clip {metrics['objective/clip_fraction']:.3f}  {metrics['perf/tokens_per_second']:,.0f} tok/s"
         )
+        if "reward/mean" in metrics:
+            text = f"reward {metrics['reward/mean']:.3f}  {text}"
         self.progress.update(
             self.progress.task_ids[0], completed=self.done.update, description=phase.objective_name, text=text
         )

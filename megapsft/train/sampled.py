@@ -9,9 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
-from megapsft.checkpoint.together import from_first
+from megapsft.checkpoint.together import from_first, refuse_together
 from megapsft.config import Config
 from megapsft.data.chat_template import ChatTemplate
 from megapsft.data.prompts import Prompts
@@ -49,8 +48,8 @@ class Sampled:
     def __init__(self, config: Config, prompts: Prompts, template: ChatTemplate, engine: Live, state: Mapping[str, Any]):
         self.config, self.prompts, self.template, self.engine = config, prompts, template, engine
         self.sampler = Sampler(len(prompts.prompts), config.train.batch_size, config.train.seed, config.data.shuffle)
-        first = dist.get_rank() == 0
-        self.rewards: Sum | None = build_rewards(config.rewards, config.rollout.reward_workers) if first else None
+        self.rewards: Sum | None = None  # of the first rank
+        refuse_together(self._open_rewards)
         self.sampling = Sampling(
             temperature=config.train.temperature,
             top_p=config.rollout.top_p,
@@ -65,6 +64,9 @@ class Sampled:
         self.metrics: dict[str, float] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         self._futures: dict[int, Future[Step]] = {}
+
+    def _open_rewards(self) -> None:
+        self.rewards = build_rewards(self.config.rewards, self.config.rollout.reward_workers)
 
     def next_groups(self, step: int) -> list[Group]:
         """The groups of `step`. Collective."""
@@ -108,7 +110,8 @@ class Sampled:
             found = self._futures.pop(step).result()
         except RuntimeError as error:  # nobody is left to ask
             raise TrainingStopped(f"step {step + 1} could not be sampled: {error}") from error
-        lag = step - min(rollout.weight_version for one in found.collected.answered for rollout in one.rollouts)
+        versions = [rollout.weight_version for one in found.collected.answered for rollout in one.rollouts]
+        lag = step - min(versions, default=step)
         if lag > self.config.rollout.max_weight_lag:
             raise TrainingStopped(f"a rollout of step {step + 1} is {lag} steps old, above rollout.max_weight_lag")
         return found

@@ -1,4 +1,5 @@
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -38,6 +39,21 @@ def test_the_stream_does_not_depend_on_the_batch_size():
 def test_epochs_and_seeds_are_ordered_differently():
     orders = [stream(Sampler(50, 50, seed, True), 3).reshape(3, 50).tolist() for seed in (1, 2)]
     assert all(a != b for a, b in itertools.combinations(orders[0] + orders[1], 2))
+
+
+def test_single_draws_are_the_stream_whatever_their_order():
+    sampler = Sampler(11, 4, 7, True)
+    whole = stream(sampler, 6).tolist()
+    assert sampler.draw(3, 0).tolist() == []
+    assert [int(sampler.draw(place, 1)[0]) for place in range(23, -1, -1)] == whole[23::-1]
+
+
+def test_threads_may_draw_at_once():
+    sampler = Sampler(3, 1, 7, True)
+    expected = [Sampler(3, 1, 7, True).draw(place, 1).tolist() for place in range(300)]
+    places = [place for pair in zip(range(150), range(299, 149, -1), strict=True) for place in pair]  # of epochs far apart
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda place: sampler.draw(place, 1).tolist(), places)) == [expected[place] for place in places]
 
 
 def test_epoch():

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e.test_rl import half_knowing, sums, train  # noqa: F401  fixtures
+from megapsft import cli
+from tests.e2e.test_rl import QUIET, half_knowing, sums, train  # noqa: F401  fixtures
+from tests.ranks import run_ranks
+from tests.shipped import FOLDER
 
 SGLANG = ["rollout.engine=sglang", "rollout.server_args=[--max-total-tokens, '4096']", "train.steps=3"]
 
@@ -29,6 +32,13 @@ def test_two_ranks_learn_from_a_server(family, split, options, train, half_knowi
         assert step["rollout/weight_lag_max"] == 0  # each step is sampled with the weights that the one before left
         assert step["rollout/mismatch_max"] < 2e-3  # fp32 on both sides
         assert step["perf/weight_update_seconds"] > 0
+
+
+def test_a_server_that_is_not_there_is_refused_on_every_rank(half_knowing, sums, tmp_path):  # noqa: F811
+    where = [f"model.path={half_knowing()}", f"data.path={sums}", f"run.dir={tmp_path / 'run'}"]
+    servers = ["rollout.engine=sglang", "rollout.urls=[http://127.0.0.1:9]", "parallel.tensor_model_parallel_size=2"]
+    arguments = ["train", str(FOLDER / "grpo/tiny-qwen3-arithmetic.yaml"), *where, *servers, *QUIET]
+    assert run_ranks(2, cli.main, arguments) == [2, 2]
 
 
 def test_steps_ahead_are_sampled_while_one_is_trained(train, half_knowing):  # noqa: F811

@@ -26,7 +26,7 @@ def moe(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny("qwen3_moe", tiny_data, tmp_path_factory.mktemp("sglang") / "moe")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def two_urls(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     servers = []
     try:
