@@ -34,7 +34,7 @@ def check_options(config: Config) -> None:
     Sampling(temperature=config.train.temperature, top_p=options.top_p, top_k=options.top_k, max_tokens=options.max_tokens)
     labels = [build_reward(entry)[0] for entry in config.rewards]
     if not labels:
-        remedy = "use rewards='[{name: math_answer}]', see docs/rewards.md"
+        remedy = "use rewards='[{name: math_answer}]', see docs/rollout.md"
         raise Refused("rewards=[]", "names none, and sampled responses have no other worth", remedy)
     if options.dynamic_sampling is not None and options.dynamic_sampling not in labels:
         rule = f"is not a reward; there are: {', '.join(labels)}"
