@@ -59,6 +59,8 @@ RUN = {  # every command that is run, in this order, and what is put behind it t
     "python benchmarks/train_step.py": "--help",
     "python benchmarks/head.py": "--help",
     "python benchmarks/convert.py": "--help",
+    "python benchmarks/rollout.py": "--help",
+    "python benchmarks/rl.py": "--help",
 }
 ELSEWHERE = {
     "make quickstart": "tests/e2e/test_quickstart.py runs what it runs",
