@@ -92,7 +92,7 @@ def _check_engine(config: Config) -> None:
         raise Refused(f"rollout.max_batch_size={options.max_batch_size}", "is of rollout.engine=inprocess", remedy)
     if options.engine == "sglang" and not options.urls:
         find_python(options.python)
-        if Path(config.model.path).is_dir() and not is_hf(Path(config.model.path)):
+        if config.model.path and not is_hf(Path(config.model.path)):
             rule = "is no Hugging Face folder, which SGLang's servers start from"
             raise Refused(f"model.path={config.model.path}", rule, "megapsft convert megatron-to-hf makes one")
     if options.urls:
