@@ -37,7 +37,7 @@ class ModelConfig:
     logprob_chunk_bytes: PositiveInt = 64 * 2**20  # of a chunk of fp32 logits; the head holds about two of them
     logprob_backend: Literal["auto", "torch", "triton", "reference"] = "auto"  # auto: triton on CUDA, else torch
     moe_aux_loss_coeff: NonNegativeFloat = 0.0  # of the balance of experts within each sequence, summed over layers
-    moe_routing_replay: bool = False  # the training pass chooses the experts that the old pass chose
+    moe_routing_replay: Literal[False, True, "rollout"] = False  # true: experts of the old pass again; rollout: of the engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,7 @@ class RolloutConfig:
     server_args: tuple[str, ...] = ()  # sglang: more arguments of sglang.launch_server
     weight_update: Literal["tensor", "disk", "distributed"] = "tensor"  # sglang: by memory of this host, a folder, a group
     bucket_bytes: PositiveInt = 512 * 2**20  # sglang: of weights that are on their way at once
+    fp8: bool = False  # sglang on GPUs: it samples from the weights in FP8, in blocks; the policy stays bfloat16
     on_update: Literal["abort", "retract", "in_place"] = "in_place"  # sglang: what becomes of responses on their way
     requests_per_server: PositiveInt = 256  # sglang: at once
     startup_timeout: PositiveFloat = 600.0  # sglang: seconds until a server must be healthy

@@ -28,6 +28,7 @@ class Sample:
     advantage: float = 0.0  # from the rewards of the sample's group
     rollout_logprobs: np.ndarray | None = None  # [n] fp32, of the engine that sampled; 0 outside the response
     ref_logprobs: np.ndarray | None = None  # [n] fp32, computed beforehand; 0 outside the response
+    routed_experts: np.ndarray | None = None  # [n, MoE layers, K] int16, of the engine that sampled; -1 where it routed nothing
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -64,6 +65,7 @@ class Microbatch:
     totals: Mapping[str, float] = field(default_factory=dict)  # what `Objective.totals` summed to, over the update and all ranks
     context_group: ProcessGroup | None = None  # the ranks that hold the other slices; None where this is all
     routing: Mapping[int, Tensor] | None = None  # MoE layer -> [tokens, K] experts of the old pass, to be chosen again
+    rollout_routing: Tensor | None = None  # [B, S, MoE layers, K] int16, of the engine, to be chosen again; -1: free choice
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,6 +84,8 @@ def fill(
     for name in ("rollout_logprobs", "ref_logprobs"):
         if getattr(samples[0], name) is not None:  # all samples have them, or none
             per_token[name] = np.zeros(shape, dtype=np.float32)
+    routed = [sample.routed_experts for sample in samples if sample.routed_experts is not None]  # all microbatches are alike
+    rollout_routing = np.full((*shape, *routed[0].shape[1:]), -1, dtype=np.int16) if routed else None
     borders = [0]  # between sequences; an unpacked row is one sequence
     for row, members in enumerate(plan.rows):
         start = 0
@@ -93,6 +95,8 @@ def fill(
             sample_ids[row, start:end] = i
             labels[row, start : end - 1] = np.where(sample.loss_mask[1:], sample.token_ids[1:], 0)
             loss_mask[row, start : end - 1] = sample.loss_mask[1:]
+            if sample.routed_experts is not None:
+                rollout_routing[row, start:end] = sample.routed_experts
             for name, tokens in per_token.items():
                 tokens[row, start : end - 1] = weights[i] if name == "loss_weights" else getattr(sample, name)[1:]
             start += round_up(len(sample), layout.sequence_multiple)
@@ -126,6 +130,7 @@ def fill(
         demonstration=of_samples([sample.demonstration for sample in samples], False, bool),
         rewards=of_samples([sample.reward for sample in samples], 0.0, np.float32),
         advantages=of_samples([sample.advantage for sample in samples], 0.0, np.float32),
+        rollout_routing=None if rollout_routing is None else own(rollout_routing),
         **{name: own(tokens) for name, tokens in per_token.items()},
     )
 

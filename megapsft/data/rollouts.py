@@ -168,12 +168,24 @@ def fit_rows(rows: list[RecordedPrompt], config: DataConfig, template: ChatTempl
 
 
 def to_sample(
-    prompt: list[int], response: list[int], source: str, demonstration: bool, reward: float, logprobs: np.ndarray | None
+    prompt: list[int],
+    response: list[int],
+    source: str,
+    demonstration: bool,
+    reward: float,
+    logprobs: np.ndarray | None,
+    routed_experts: np.ndarray | None = None,
 ) -> Sample:
-    """Prompt and response end to end."""
+    """Prompt and response end to end.
+
+    Args:
+        routed_experts: [n - 1, MoE layers, K], of every token but the last, which no engine reads.
+    """
     token_ids = np.array(prompt + response, dtype=np.int32)
     if logprobs is not None:
         logprobs = np.concatenate([np.zeros(len(prompt), np.float32), logprobs])
+    if routed_experts is not None:
+        routed_experts = np.pad(routed_experts.astype(np.int16), ((0, 1), (0, 0), (0, 0)), constant_values=-1)
     return Sample(
         token_ids=token_ids,
         loss_mask=np.arange(len(token_ids)) >= len(prompt),
@@ -181,6 +193,7 @@ def to_sample(
         demonstration=demonstration,
         reward=reward,
         rollout_logprobs=logprobs,
+        routed_experts=routed_experts,
     )
 
 

@@ -56,7 +56,10 @@ def routed(
     """Around one forward pass of `gpt` (a virtual stage) over `microbatch`: its backward pass needs nothing more.
 
     Where `microbatch.routing` is there, its experts are chosen again; their weights, and so gradients, are those of the present
-    logits. Source: Group Sequence Policy Optimization (arXiv:2507.18071), section 5.3, "Routing Replay".
+    logits. Source: Group Sequence Policy Optimization (arXiv:2507.18071), section 5.3, "Routing Replay". Where instead
+    `microbatch.rollout_routing` is there, so are those of the engine that sampled, and tokens that it did not route (of
+    demonstrations, of padding, the last of a sample) choose for themselves. Source: Stabilizing MoE Reinforcement Learning by
+    Aligning Training and Inference Routers (arXiv:2510.11370), "Rollout Routing Replay".
 
     Args:
         balance: the loss to add; collective over the tensor and context parallel ranks.
@@ -67,13 +70,28 @@ def routed(
     routers = [layer.mlp.router for layer in gpt.decoder.layers if isinstance(getattr(layer.mlp, "router", None), Router)]
     sequences = _Sequences.of(microbatch, routers[0]) if routers and balance is not None else None
     for router in routers:
-        experts = None if microbatch.routing is None else microbatch.routing[router.layer_number]
+        experts = _chosen_before(microbatch, router)
         router.visit = _Visit(experts=experts, record=record, balance=balance, sequences=sequences)
     try:
         yield
     finally:
         for router in routers:
             router.visit = None
+
+
+def _chosen_before(microbatch: Microbatch, router: Router) -> Tensor | None:
+    """[tokens, K] of this rank's tokens at `router`, negative where a token chooses for itself; None where all do."""
+    if microbatch.routing is not None:
+        return microbatch.routing[router.layer_number]
+    if microbatch.rollout_routing is None:
+        return None
+    experts = microbatch.rollout_routing[:, :, router.layer_number - 1].transpose(0, 1)  # [S, B, K]; every layer has experts
+    return _own_positions(experts, router).flatten(0, 1)
+
+
+def _own_positions(tokens: Tensor, router: Router) -> Tensor:
+    """This rank's part of [S, B, ...]: experts under tensor parallelism always come with sequence parallelism."""
+    return tokens.chunk(router.tp_group.size())[router.tp_group.rank()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,16 +112,14 @@ class _Sequences:
             places, count = torch.arange(len(lengths), device=ids.device), len(lengths)
             index = torch.repeat_interleave(places, lengths, output_size=ids.shape[1])[None]
         index = torch.where(ids >= 0, index, count).T  # [S, B], as hidden states are
-        # experts under tensor parallelism always come with sequence parallelism
-        mine = index.chunk(router.tp_group.size())[router.tp_group.rank()]
-        return _Sequences(index=mine.flatten(), count=count, samples=microbatch.samples)
+        return _Sequences(index=_own_positions(index, router).flatten(), count=count, samples=microbatch.samples)
 
 
 @dataclass(kw_only=True, eq=False)
 class _Visit:
     """One microbatch at one router, from its forward pass to the recomputation in its backward pass."""
 
-    experts: Tensor | None  # [tokens, K] of any integer type: to be chosen again
+    experts: Tensor | None  # [tokens, K] of any integer type: to be chosen again, unless negative
     record: dict[int, Tensor] | None
     balance: BalanceLoss | None
     sequences: _Sequences | None
@@ -163,19 +179,20 @@ class _Choice:
     """What Megatron's RouterReplay is to a router: asked for the top experts of each token."""
 
     def __init__(self) -> None:
-        self.again: Tensor | None = None  # [tokens, K] int64
+        self.again: Tensor | None = None  # [tokens, K] int64, negative where a token chooses for itself
         self.made: Tensor | None = None  # [tokens, K] int64
 
     def get_replay_topk(
         self, scores: Tensor, topk: int, num_groups: int | None, group_topk: int | None, default_compute_topk: Callable
     ) -> tuple[Tensor, Tensor]:
         """(scores, experts), [tokens, K] each, by falling score or in the order of the first time."""
-        if self.again is not None:
-            values, self.made = scores.gather(1, self.again), self.again
-        elif group_topk:
+        if group_topk:
             values, self.made = default_compute_topk(scores, topk, num_groups, group_topk)
         else:  # newer Megatron leaves them unsorted without gradient, and then a pass has other bits than the training pass
             values, self.made = torch.topk(scores, k=topk, dim=1)
+        if self.again is not None:
+            self.made = torch.where(self.again < 0, self.made, self.again)
+            values = scores.gather(1, self.made)
         return values, self.made
 
 

@@ -49,7 +49,7 @@ def with_reference(policy: Policy, reference: Reference, minibatch: Minibatch, n
 
 def without_routing(minibatch: Minibatch) -> Minibatch:
     """For another model than the policy."""
-    microbatches = tuple(dataclasses.replace(microbatch, routing=None) for microbatch in minibatch.microbatches)
+    microbatches = tuple(dataclasses.replace(m, routing=None, rollout_routing=None) for m in minibatch.microbatches)
     return dataclasses.replace(minibatch, microbatches=microbatches)
 
 

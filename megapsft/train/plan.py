@@ -220,8 +220,9 @@ def _check_other_models(config: Config, all_phases: Sequence[Phase], hf: HFConfi
             rule = f"is of experts, and {hf.architecture} has none"
             raise Refused(f"model.{key}={getattr(config.model, key)}", rule, "leave it out")
     if config.model.moe_routing_replay and not has_old_policy(objective):
-        rule = f"chooses the experts of the old policy, and objective.name={name} has no old policy"
-        raise Refused("model.moe_routing_replay=true", rule, "leave it out, or choose an objective with a ratio")
+        rule = f"gives policy and old policy the same experts, and objective.name={name} has no old policy"
+        value = f"model.moe_routing_replay={str(config.model.moe_routing_replay).lower()}"
+        raise Refused(value, rule, "leave it out, or choose an objective with a ratio")
 
 
 def _check_data(config: Config, all_phases: Sequence[Phase], data: Dataset) -> None:

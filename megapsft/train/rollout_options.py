@@ -8,6 +8,7 @@ from megapsft.checkpoint.hf_folder import is_hf
 from megapsft.config import Config, RolloutConfig, flatten
 from megapsft.data.prompts import Prompts
 from megapsft.errors import Refused
+from megapsft.platform.cpu import has_cuda
 from megapsft.rewards.registry import build_reward
 from megapsft.rollout.base import Sampling
 from megapsft.rollout.sglang.server import find_python
@@ -23,6 +24,11 @@ DEFAULTS = RolloutConfig()
 def check_options(config: Config) -> None:
     """Refuse options of rollouts and rewards that nothing would read, that contradict each other, or that lack another."""
     options, samples = config.rollout, config.data.kind == "prompts"
+    if config.model.moe_routing_replay == "rollout" and not (samples and options.engine == "sglang"):
+        rule = "chooses the experts that SGLang chose as it sampled"
+        rule += f", and rollout.engine={options.engine}" if samples else f", and data.kind={config.data.kind}: nothing is sampled"
+        remedy = "use rollout.engine=sglang with data.kind=prompts, or model.moe_routing_replay=true"
+        raise Refused("model.moe_routing_replay=rollout", rule, remedy)
     if not samples:
         _check_nothing_sampled(config)
     if samples or config.evaluate.data:
@@ -32,6 +38,8 @@ def check_options(config: Config) -> None:
     if not samples:
         return
     Sampling(temperature=config.train.temperature, top_p=options.top_p, top_k=options.top_k, max_tokens=options.max_tokens)
+    if options.fp8:
+        _check_fp8(config)
     labels = [build_reward(entry)[0] for entry in config.rewards]
     if not labels:
         remedy = "use rewards='[{name: math_answer}]', see docs/rollout.md"
@@ -59,10 +67,19 @@ def _check_nothing_sampled(config: Config) -> None:
         raise Refused(f"rewards={list(config.rewards)}", rule, remedy)
 
 
+def _check_fp8(config: Config) -> None:
+    if config.model.dtype != "bfloat16":
+        rule = f"is of bfloat16 weights, and model.dtype={config.model.dtype}"
+        raise Refused("rollout.fp8=true", rule, "use model.dtype=bfloat16, or leave it out")
+    if not has_cuda():
+        rule = "needs a GPU, and there is none: SGLang on a CPU has no kernel for FP8 weights"
+        raise Refused("rollout.fp8=true", rule, "leave it out, or train where there are GPUs")
+
+
 def _check_engine(config: Config) -> None:
     options = config.rollout
     if options.engine == "inprocess":
-        for key in OF_SGLANG:
+        for key in (*OF_SGLANG, "fp8"):
             if getattr(options, key) != getattr(DEFAULTS, key):
                 rule = "is of SGLang servers, and rollout.engine=inprocess has none"
                 raise Refused(f"rollout.{key}={getattr(options, key)}", rule, "use rollout.engine=sglang, or leave it out")

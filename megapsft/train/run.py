@@ -343,7 +343,7 @@ def policy_of(plan: RunPlan, chunks: list[torch.nn.Module], megatron: Transforme
         source=Path(plan.config.model.path),
         mesh=plan.mesh,
         temperature=plan.config.train.temperature,
-        routing_replay=plan.config.model.moe_routing_replay,
+        routing_replay=plan.config.model.moe_routing_replay is True,  # those of rollouts come with their samples
         no_grad_microbatches=plan.config.train.no_grad_microbatches,
     )
 

@@ -22,7 +22,7 @@ from megapsft.rewards.sum import Response, Scored, Sum, summary
 from megapsft.rollout.base import Rollout, Sampling
 from megapsft.rollout.collect import Answered, Collected, Stream, collect, resumed
 from megapsft.rollout.dynamic_sampling import informative
-from megapsft.train.engines import Live
+from megapsft.train.engines import RETURN_ROUTING, Live
 from megapsft.types import Group
 
 
@@ -171,11 +171,30 @@ class Sampled:
                 False,
                 worth.total,
                 np.array(rollout.rollout_logprobs, dtype=np.float32),
+                self._routed_experts(rollout),
             )
             for number, (rollout, worth) in enumerate(zip(answered.rollouts, scored, strict=True), start=1)
         ]
         shown = row.demonstration is not None and self.config.data.select is None  # which imitates the policy's own alone
         return (*samples, row.demonstration) if shown else tuple(samples)
+
+    def _routed_experts(self, rollout: Rollout) -> np.ndarray | None:
+        """What the training passes are to choose again: [prompt + response - 1, MoE layers, K]; None where they are not.
+
+        Raises:
+            TrainingStopped: a server returned none, or not one choice for each token and layer.
+        """
+        if self.config.model.moe_routing_replay != "rollout":
+            return None
+        found, hf = rollout.routed_experts, self.engine.policy.hf
+        wanted = (len(rollout.prompt_ids) + len(rollout.response_ids) - 1, hf.num_hidden_layers, hf.num_experts_per_tok)
+        if found is None or found.shape != wanted:
+            shape = "none" if found is None else list(found.shape)
+            raise TrainingStopped(
+                f"model.moe_routing_replay=rollout, and a server returned {shape} of the experts of {list(wanted)} (tokens, "
+                f"layers, experts of a token). Start it with {RETURN_ROUTING}."
+            )
+        return found
 
     def _metrics(self, found: Step, step: int) -> dict[str, float]:
         collected = found.collected

@@ -96,6 +96,28 @@ def test_ranks_together_hold_exactly_the_single_rank_plan(layout):
     assert real_positions([pack_for(rank) for rank in ranks(layout)]) == real_positions([pack_for(SINGLE)])
 
 
+def test_experts_of_an_engine_stand_at_their_tokens(layout):
+    """Of some samples; -1 at all other tokens and at padding."""
+    rng = np.random.default_rng(1)
+    samples = [
+        dataclasses.replace(s, routed_experts=rng.integers(0, 99, (len(s), 3, 2)).astype(np.int16)) if i % 3 else s
+        for i, s in enumerate(SAMPLES)
+    ]
+    held = 0
+    for rank in ranks(layout):
+        for number, minibatch in enumerate(pack_for(rank, samples).minibatches):
+            for micro in minibatch.microbatches:
+                assert micro.rollout_routing.shape == (*micro.token_ids.shape, 3, 2)
+                assert torch.all(micro.rollout_routing[micro.sample_ids < 0] == -1)
+                for row, place in (micro.sample_ids >= 0).nonzero().tolist():
+                    sample = samples[12 * number + int(micro.sample_ids[row, place])]
+                    expected = -1 if sample.routed_experts is None else sample.routed_experts[micro.position_ids[row, place]]
+                    assert np.array_equal(micro.rollout_routing[row, place], np.broadcast_to(expected, (3, 2)))
+                    held += 1
+    assert held == sum(map(len, samples))
+    assert all(micro.rollout_routing is None for micro in microbatches(layout))
+
+
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_weights_do_not_depend_on_the_split(aggregation):
     expected = real_positions([pack_for(SINGLE, aggregation=aggregation, max_response_length=60)])

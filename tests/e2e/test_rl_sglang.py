@@ -20,9 +20,10 @@ SGLANG = ["rollout.engine=sglang", "rollout.server_args=[--max-total-tokens, '40
     ("family", "split", "options"),
     [
         ("qwen3", "parallel.tensor_model_parallel_size=2", ["rollout.weight_update=tensor"]),
-        ("qwen3_moe", "parallel.expert_model_parallel_size=2", ["rollout.weight_update=distributed"]),
+        ("qwen3_moe", "parallel.expert_model_parallel_size=2",
+         ["rollout.weight_update=distributed", "model.moe_routing_replay=rollout"]),
     ],
-)
+)  # fmt: skip
 def test_two_ranks_learn_from_a_server(family, split, options, train, half_knowing):  # noqa: F811
     steps = train("grpo", half_knowing(family), "run", split, *SGLANG, *options, ranks=2)
     assert len(steps) == 3

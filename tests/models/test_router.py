@@ -25,6 +25,7 @@ from megapsft.models.families import family_of
 from megapsft.models.router import BalanceLoss, routed
 from megapsft.parallel import initialize, plan_mesh, shutdown
 from megapsft.policy.build import Policy, build_chunks, distribute, model_shape, transformer_config
+from megapsft.policy.constants import without_routing
 from megapsft.policy.forward import evaluate, forward_backward
 from megapsft.policy.routing import cut_routing, join_routing
 from megapsft.types import Sample
@@ -120,6 +121,31 @@ def test_routing_of_joined_microbatches_is_cut_and_joined(models):
             assert all(torch.equal(together[layer], joined[layer]) for layer in joined)
 
 
+@pytest.fixture(scope="module")
+def chosen(models):
+    """What is chosen on one rank without replay, by sample as an engine gives it; and log-probabilities, loss and gradient."""
+    return run_ranks(1, choose, models[1])[0]
+
+
+@pytest.mark.parametrize("case", [ONE_RANK, *SPLITS], ids=lambda case: case.name)
+def test_what_the_engine_chose_is_chosen_again_on_every_split(case, chosen, models):
+    """The engine's choices here: any experts, and none for some samples; and the policy's own, which change nothing."""
+    ours = run_ranks(case.world, replay, models[1], case.options, chosen["random"], chosen["own"])
+    agree(ours[0]["random"]["gradient"], chosen["of random"]["gradient"])
+    assert ours[0]["random"]["loss"] == pytest.approx(chosen["of random"]["loss"], rel=1e-6)
+    assert ours[0]["random"]["balance"] == pytest.approx(chosen["of random"]["balance"], rel=1e-6)
+    agree(ours[0]["own"]["gradient"], chosen["free"]["gradient"])
+    for rank in ours:
+        assert rank["same bits"], "replay of what is chosen anyway"
+        assert rank["merged"], "several packs as one, without gradient"
+        assert rank["unfinished"] == 0
+
+
+def test_what_the_engine_chose_matters(chosen):
+    for name in [name for name in chosen["free"]["gradient"] if name.endswith("mlp.gate.weight")]:
+        assert distance(chosen["of random"]["gradient"][name], chosen["free"]["gradient"][name]) > 0.1
+
+
 def test_more_than_256_experts_are_sent_whole():
     for cut, expected in run_ranks(2, wide):
         assert all(torch.equal(ours[5], theirs) for ours, theirs in zip(cut, expected, strict=True))
@@ -158,6 +184,41 @@ def measure(old, new, options):
     return result
 
 
+def choose(model):
+    """On one rank: random choices of an engine, the router's own, and what is trained with the first and without any."""
+    policy, minibatch = start(model, ONE_RANK.options)
+    result, own = {"free": train(policy, minibatch, COEFF)}, []
+    for chosen in record(policy, minibatch):  # a microbatch is a sample
+        experts = torch.stack([chosen[layer] for layer in sorted(chosen)], 1).numpy().astype(np.int16)
+        experts[-1] = -1  # no engine reads the last token
+        own.append(experts)
+    random = np.random.default_rng(7)
+    arbitrary = [random.random((*one.shape[:2], EXPERTS)).argsort(-1)[..., :TOP].astype(np.int16) for one in own]
+    for experts in arbitrary:
+        experts[-1] = -1
+    arbitrary[2] = arbitrary[5] = None  # demonstrations
+    minibatch = update_of(policy, ONE_RANK.options, arbitrary)
+    result |= {"own": own, "random": arbitrary, "of random": train(policy, minibatch, COEFF)}
+    shutdown()
+    return result
+
+
+def replay(model, options, arbitrary, own):
+    """On a rank: what is trained with choices of an engine."""
+    policy, _ = start(model, options)
+    minibatch = update_of(policy, options, arbitrary)
+    result = {"random": train(policy, minibatch, COEFF)}
+    alone, together = (evaluate(policy, minibatch, at_once=size) for size in (1, 4))
+    result["merged"] = all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(alone, together, strict=True))
+    minibatch = update_of(policy, options, own)
+    result["own"] = train(policy, minibatch, COEFF)
+    passes = [evaluate(policy, one) for one in (minibatch, without_routing(minibatch))]
+    result["same bits"] = all(torch.equal(a, b) for a, b in zip(*passes, strict=True))
+    result["unfinished"] = sum(len(layer.mlp.router.unfinished) for layer in layers(policy))
+    shutdown()
+    return result
+
+
 def start(model, options):
     """The policy of a folder on this rank, and its part of an update of 8 random samples."""
     config = load_config(None, [f"model.path={model}", "model.dtype=float32", "model.make_vocab_size_divisible_by=16", *options])
@@ -169,10 +230,16 @@ def start(model, options):
     chunks = build_chunks(megatron, hf, config.model, mesh)
     import_hf(chunks, model, hf)
     policy = Policy(chunks=distribute(chunks, megatron, parallel), config=megatron, family=family, hf=hf, source=model, mesh=mesh)
+    return policy, update_of(policy, options)
+
+
+def update_of(policy, options, routed=None):
+    """This rank's part of an update of 8 random samples, with what an engine chose for each or without."""
+    data, mesh = load_config(None, options).data, policy.mesh
     layout = Layout(
-        packing=config.data.packing,
-        pack_length=config.data.pack_length,
-        micro_batch_size=config.data.micro_batch_size,
+        packing=data.packing,
+        pack_length=data.pack_length,
+        micro_batch_size=data.micro_batch_size,
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=mesh.dp,
         context_parallel_rank=parallel_state.get_context_parallel_rank(),
@@ -185,13 +252,17 @@ def start(model, options):
     random = np.random.default_rng(5)
     samples = [
         Sample(
-            token_ids=random.integers(0, hf.vocab_size, n, dtype=np.int32), loss_mask=random.random(n) < 0.5, source=f"sample {i}"
+            token_ids=random.integers(0, policy.hf.vocab_size, n, dtype=np.int32),
+            loss_mask=random.random(n) < 0.5,
+            source=f"sample {i}",
         )
         for i, n in enumerate(random.integers(20, 150, 8))
     ]
+    if routed is not None:
+        samples = [dataclasses.replace(s, routed_experts=experts) for s, experts in zip(samples, routed, strict=True)]
     groups = [(sample,) for sample in samples]
     (minibatch,) = pack(groups, minibatch_size=len(groups), layout=layout, aggregation="token-mean", pad_token_id=0).minibatches
-    return policy, minibatch
+    return minibatch
 
 
 def train(policy, minibatch, coeff):

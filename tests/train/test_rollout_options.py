@@ -6,6 +6,7 @@ import pytest
 
 from megapsft.config import load_config
 from megapsft.errors import Refused
+from megapsft.train import rollout_options
 from megapsft.train.rollout_options import check_options
 
 
@@ -17,6 +18,7 @@ def an_interpreter_for_servers(monkeypatch):
 REWARDS = "rewards=[{name: format}, {name: length, label: brief, soft_limit: 4}]"
 PROMPTS = ["data.kind=prompts", REWARDS]
 SGLANG = [*PROMPTS, "rollout.engine=sglang"]
+REPLAY = "model.moe_routing_replay=rollout"
 
 
 @pytest.mark.parametrize(
@@ -41,11 +43,25 @@ SGLANG = [*PROMPTS, "rollout.engine=sglang"]
         ([*SGLANG, "rollout.urls=[http://127.0.0.1:1]", "rollout.servers=2"], "rollout.servers=2: is of servers"),
         ([*PROMPTS, "rollout.dynamic_sampling=length"], "=length: is not a reward; there are: format, brief"),
         ([*PROMPTS, "rollout.max_rounds=2"], "rollout.max_rounds=2: is of dynamic sampling, which is off"),
+        ([REPLAY], "=rollout: chooses the experts that SGLang chose as it sampled, and data.kind=demonstrations: nothing"),
+        ([*PROMPTS, REPLAY], "=rollout: chooses the experts .* and rollout.engine=inprocess; use rollout.engine=sglang"),
+        ([*PROMPTS, "rollout.fp8=true"], "rollout.fp8=True: is of SGLang servers"),
+        (["rollout.fp8=true"], "rollout.fp8=True: is of sampled responses"),
+        ([*SGLANG, "rollout.fp8=true", "model.dtype=float32"], "rollout.fp8=true: is of bfloat16 weights, and model.dtype"),
     ],
 )
 def test_what_is_refused(overrides, refusal):
     with pytest.raises(Refused, match=refusal):
         check_options(load_config(None, overrides))
+
+
+def test_fp8_without_a_gpu_is_refused_and_with_one_is_not(monkeypatch):
+    config = load_config(None, [*SGLANG, "rollout.fp8=true"])
+    monkeypatch.setattr(rollout_options, "has_cuda", lambda: False)
+    with pytest.raises(Refused, match="rollout.fp8=true: needs a GPU, and there is none: .*; leave it out, or train where"):
+        check_options(config)
+    monkeypatch.setattr(rollout_options, "has_cuda", lambda: True)
+    check_options(config)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +70,7 @@ def test_what_is_refused(overrides, refusal):
         [],
         PROMPTS,
         [*SGLANG, "rollout.oversample=1.5", "rollout.max_weight_lag=2", "rollout.servers=2"],
+        [*SGLANG, REPLAY],
         [*PROMPTS, "rollout.dynamic_sampling=brief", "rollout.max_rounds=2"],
         ["evaluate.data=[a.jsonl]", "rollout.engine=sglang", "rollout.servers=2"],
     ],

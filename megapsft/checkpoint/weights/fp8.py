@@ -13,13 +13,13 @@ What survives FP8 -> bf16 or fp32 -> FP8, that is `Quantised` of `Dequantised`:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from megapsft.checkpoint.weights import Shape, Stored, Weights
+from megapsft.checkpoint.weights import Shape, Stored, Weights, rows_of
 from megapsft.checkpoint.weights.hf import some
 from megapsft.errors import Refused
 from megapsft.models.families import family_of
@@ -161,6 +161,42 @@ class Quantised:
             raise Refused(name, rule, "export without FP8 to look at them, or export an earlier checkpoint")
         scales = torch.stack([part.amax() for part in amax.split(self._block[1])]) / LARGEST
         return torch.where(scales > 0, scales, 1)  # also where it is too small for fp32
+
+
+def quantised_stream(
+    stream: Iterable[tuple[str, Tensor | None]], names: Collection[str], block: tuple[int, int] = BLOCK
+) -> Iterator[tuple[str, Tensor | None]]:
+    """The tensors of an exporter with some of them in FP8, each followed by its scales: the bytes of `Quantised`.
+
+    Memory: a tensor, and its FP8. Without a tensor (None) its names come alone.
+
+    Args:
+        names: as of `Quantised`.
+
+    Raises:
+        Refused: what `Quantised` refuses of a tensor.
+    """
+    chosen = frozenset(names)
+    for name, tensor in stream:
+        if name not in chosen:
+            yield name, tensor
+        elif tensor is None:
+            yield name, None
+            yield name + SCALE, None
+        else:
+            quantised = Quantised(_One(name, tensor), [name], block)
+            for part in quantised.tensors:
+                yield part, rows_of(quantised, part)
+
+
+class _One:
+    """Weights of one tensor, in memory."""
+
+    def __init__(self, name: str, tensor: Tensor):
+        self._tensor, self.tensors = tensor, {name: Stored(tuple(tensor.shape), tensor.dtype)}
+
+    def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        out.copy_(self._tensor[start:stop])
 
 
 def linear_weights(hf: HFConfig) -> list[str]:

@@ -203,7 +203,9 @@ def begin(target: Target, seconds: float) -> None:
 
 def read_folder(client: Client, folder: Path, seconds: float) -> None:
     """Have it read the weights of a folder that `Copy` wrote."""
-    client.post("/update_weights_from_disk", seconds, model_path=str(folder.resolve()), flush_cache=False)
+    path = str(folder.resolve())
+    # or it would be read as the server's first weights were, which may have been none
+    client.post("/update_weights_from_disk", seconds, model_path=path, load_format="auto", flush_cache=False)
 
 
 def own_address(url: str) -> str:

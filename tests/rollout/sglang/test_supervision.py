@@ -1,6 +1,7 @@
 """Servers that are started here: killed, stopped, started again with the current weights, and never left behind."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -57,6 +58,19 @@ def test_killed_and_hung_while_it_generates_and_nothing_is_left(dense, tmp_path)
             assert member.client.about(10).weight_version == "1"
             engine._pool._check(member, engine._pool._expected)  # its weights are those of the update, not of the folder
     wait_for(lambda: not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in everything), 20)
+
+
+def test_one_that_starts_without_weights_has_those_of_the_update_when_it_starts_again(dense, tmp_path):
+    """As with FP8, whose servers start from a folder that has no weights; here they are fp32."""
+    empty = tmp_path / "empty"
+    shutil.copytree(dense, empty, ignore=shutil.ignore_patterns("*.safetensors"))
+    with engine_of([], empty, tmp_path, server_args=("--load-format", "dummy")) as engine:
+        engine.load_weights(weights(dense, 1.1).items(), 1)
+        (server,) = engine.servers
+        scheduler_of(server.process.pid).kill()
+        wait_for(lambda: server.state == "ready" and server.outs == 1)
+        assert server.client.about(10).weight_version == "1"
+        engine._pool._check(server, engine._pool._expected)
 
 
 def stop(member):
