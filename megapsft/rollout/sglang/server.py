@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +26,9 @@ NOT_FOR_SERVERS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MAST
 NOT_FOR_SERVERS |= {"SGLANG_RETURN_ORIGINAL_LOGPROB"}
 TERM_SECONDS, KILL_SECONDS = 10.0, 10.0
 LAST_LINES = 20
+PORTS = range(20000, 32000)  # Linux connects from 32768 on, other systems from 49152
+_choosing = threading.Lock()
+_given: set[int] = set()  # by `free_port`
 
 
 class Server:
@@ -56,8 +61,9 @@ class Server:
 
     def start(self) -> None:
         """Raises Refused where its port is in use."""
+        if self._wanted:
+            check_free(self._wanted)
         self.port = self._wanted or free_port()
-        check_free(self.port)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = {k: v for k, v in os.environ.items() if k not in NOT_FOR_SERVERS and not k.startswith("TORCHELASTIC_")}
         environment |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
@@ -108,20 +114,34 @@ class Server:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on, and that was given to no other server of this process.
+
+    It is below those that kernels give to outgoing connections, so that none of them takes it until the server listens.
+    """
+    with _choosing:
+        for port in random.Random().sample(PORTS, len(PORTS)):
+            if port not in _given and why_not(port) is None:
+                _given.add(port)
+                return port
+    raise Refused("rollout.port=0", f"no port of {PORTS.start} to {PORTS.stop - 1} is free", "name one that is")
 
 
 def check_free(port: int) -> None:
+    reason = why_not(port)
+    if reason is not None:
+        remedy = "use rollout.port=0 for any that is free, or end what listens there"
+        raise Refused(f"rollout.port={port}", f"cannot be listened on: {reason}", remedy)
+
+
+def why_not(port: int) -> str | None:
+    """The reason for which it cannot be listened on."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            rule = f"cannot be listened on: {error.strerror}"
-            remedy = "use rollout.port=0 for any that is free, or end what listens there"
-            raise Refused(f"rollout.port={port}", rule, remedy) from None
+            return error.strerror
+    return None
 
 
 def find_python(configured: str | None) -> Path:

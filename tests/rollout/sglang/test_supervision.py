@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,7 @@ import pytest
 
 from megapsft.errors import Refused
 from megapsft.rollout.base import Sampling
+from megapsft.rollout.sglang.server import free_port
 from tests.rollout.sglang.servers import answered_once, engine_of, requests, weights
 
 
@@ -86,6 +88,15 @@ def test_a_port_in_use(dense, tmp_path):
         refused = pytest.raises(Refused, match=rf"rollout.port={port}: cannot be listened on.*use rollout.port=0")
         with refused, engine_of([], dense, tmp_path, port=port):
             pass
+
+
+def test_servers_that_start_at_once_have_ports_of_their_own():
+    """A port that was free a moment ago may be another server's by now, or a connection's."""
+    with ThreadPoolExecutor(16) as threads:
+        ports = list(threads.map(lambda _: free_port(), range(500)))
+    assert len(set(ports)) == 500
+    first, _ = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    assert max(ports) < first
 
 
 def test_one_that_cannot_start_says_why_in_its_own_words(dense, tmp_path):
