@@ -1,4 +1,4 @@
-"""`megapsft rollout` and `megapsft evaluate` with the policy in the process, killed too. Not here: SGLang's servers."""
+"""`megapsft rollout` and `evaluate` with the policy in the process, killed too. Through a server: tests/rollout/sglang."""
 
 from __future__ import annotations
 

@@ -126,7 +126,10 @@ class Proxy:
                 except (OSError, ValueError):  # who asked has gone
                     self.close_connection = True
 
-        listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        class Listener(ThreadingHTTPServer):
+            request_queue_size = 128  # connections that come at once: the default is 5
+
+        listener = Listener(("127.0.0.1", 0), Handler)
         listener.daemon_threads = True
         threading.Thread(target=listener.serve_forever, daemon=True).start()
         try:

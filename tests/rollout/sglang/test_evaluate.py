@@ -1,0 +1,49 @@
+"""`megapsft evaluate` through a real server, killed: what was answered is not asked for again. In process: tests/evaluate."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+from megapsft.data.arithmetic import generate, write_jsonl
+from tests.command import ROOT, megapsft
+from tests.rollout.sglang.servers import Proxy
+
+PROBLEMS, N = 10, 4
+
+
+def test_killed_and_started_again_no_server_is_asked_twice(two_urls, dense, tmp_path):
+    problems, out = tmp_path / "mine.jsonl", tmp_path / "out"
+    write_jsonl(problems, generate(PROBLEMS, 3))
+    proxy = Proxy(two_urls[0], lambda path, count, body: 0.2 if path == "/generate" and count > 20 else None)
+    with proxy.listening() as url:
+        command = ["evaluate", "--model", str(dense), "--data", str(problems), "--n", str(N), "--max-tokens", "16", "--k", "1,4",
+                   "--engine", "sglang", "--url", url, "--out", str(out)]  # fmt: skip
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        with subprocess.Popen([sys.executable, "-m", "megapsft.cli", *command], cwd=ROOT, env=environment) as process:
+            deadline = time.monotonic() + 240
+            while not (out / "mine.jsonl").is_file() or (out / "mine.jsonl").read_bytes().count(b"\n") < 5:
+                assert process.poll() is None, "it ended before it could be killed"
+                assert time.monotonic() < deadline, "took too long"
+                time.sleep(0.01)
+            process.kill()
+        before = answered(out)
+        assert 5 <= len(before) < PROBLEMS * N
+        proxy.calls.clear()
+        again = megapsft(*command)
+    assert again.returncode == 0, again.stderr
+    assert proxy.calls["/generate"] == PROBLEMS * N - len(before)
+    assert f"{len(before)} of them by an earlier attempt" in again.stdout
+    after = answered(out)
+    assert len(after) == len(set(after)) == PROBLEMS * N
+    assert after[: len(before)] == before
+    found = json.loads((out / "results.json").read_text())["benchmarks"]["mine"]
+    assert [len(scores) for scores in found["scores"]] == [N] * PROBLEMS
+
+
+def answered(out) -> list[tuple[int, int]]:
+    """(problem, number of the response) of every whole line."""
+    text = (out / "mine.jsonl").read_bytes()
+    records = map(json.loads, text[: text.rfind(b"\n") + 1].splitlines())
+    return [(record["row"], record["number"]) for record in records]
