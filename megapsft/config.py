@@ -105,6 +105,7 @@ class RolloutConfig:
     max_restarts: NonNegativeInt = 3  # sglang: of servers that were started here, in one run
     dynamic_sampling: str | None = None  # label of a reward: groups in which it is the same for all are sampled anew, as in DAPO
     max_rounds: PositiveInt = 10  # of dynamic sampling in a step; then it trains what there is
+    demonstration_buffer: NonNegativeInt = 0  # hpt: demonstrations wait until there are so many (ReLIFT: 128); 0: they do not
     oversample: float = 1.0  # sglang: prompts on their way, over train.batch_size; the step takes the first groups that are done
     max_weight_lag: NonNegativeInt = 0  # sglang: steps that a rollout may be behind; above 0 it is sampled during updates
     reward_workers: PositiveInt = 2  # processes that verify answers

@@ -134,6 +134,7 @@ class AdvantageOptions:
     estimator: Literal["group", "rloo", "gae"]
     norm_by_std: bool = True  # group
     singleton: Literal["raw", "zero"] = "raw"  # group and rloo: the advantage of a group of one
+    demonstrations: bool = True  # group and rloo: a demonstration counts as a rollout of its group; where not, it has none
     gamma: float = 1.0  # gae
     lam: float = 1.0  # gae
     whiten: bool = True  # gae

@@ -88,6 +88,7 @@ METRICS: dict[str, str] = {
     "rollout/groups": "groups of responses that are trained",
     "rollout/equal_groups": "share of them whose rewards are all equal",
     "rollout/discarded_groups": "groups that dynamic sampling left out",
+    "rollout/held_demonstrations": "demonstrations that wait in rollout.demonstration_buffer",
     "rollout/length": "mean length of a response, in tokens",
     "rollout/length_max": "longest response",
     "rollout/unfinished": "share of responses that were cut at rollout.max_tokens",

@@ -29,17 +29,19 @@ CORRECT = 1.0  # the reward of a correct rollout, at least
 @dataclass(frozen=True, kw_only=True)
 class HPT(Mixture):
     """For each prompt, where at most `gate` rollouts have a reward of 1 or more its demonstrations alone are trained, else its
-    rollouts alone; a prompt without a demonstration keeps its rollouts. Minimised:
+    rollouts alone; a prompt without a demonstration keeps its rollouts. Without a gate both are trained. Minimised:
 
         rollouts         loss_t = max(-A r_t, -A clip(r_t, 1 - clip, 1 + clip)),  r_t = exp(clamp(l_t - l_old_t, -20, 20))
         demonstrations   sft_coef times the mean of -l_t over the demonstration tokens of the update
 
-    less entropy_coef H_t on every token. A is the advantage among the rollouts of the prompt. Gradients: -A r_t where it is not
-    clipped; -sft_coef over the number of demonstration tokens, whatever the aggregation of the rollouts is.
+    less entropy_coef H_t on every token. A is the advantage among the rollouts of the prompt, without the demonstration.
+    Gradients: -A r_t where it is not clipped; -sft_coef over the number of demonstration tokens, whatever the aggregation of the
+    rollouts is.
 
     Source: Towards a Unified View of Large Language Model Post-Training (Lv et al., 2025): gate 0, and sft_coef 1, or 0.3
     for the model of 1.5B. As in its code advantages are not divided by their deviation, and rollouts are summed over
-    tokens and divided by the longest response.
+    tokens and divided by the longest response. Without a gate it is L_SFT + L_RL, the baseline "SFT+RL" of SRFT (Fu et al.,
+    2025), there with GRPO's advantages: norm_by_std=true, aggregation=token-mean.
 
     Example:
         three tokens, the first of a demonstration, the others of a rollout; clip = 0.2, aggregation token-mean
@@ -52,7 +54,7 @@ class HPT(Mixture):
     """
 
     aggregation: Aggregation = "sum-over-Lmax"
-    gate: int = 0  # correct rollouts of a prompt up to which its demonstration is trained instead of them
+    gate: int | None = 0  # correct rollouts of a prompt up to which its demonstration is trained instead; null: always both
     sft_coef: float = 1.0  # of the demonstrations' term
     clip: float | None = 0.2  # of the rollouts' ratio, on both sides; null: not clipped
     norm_by_std: bool = False  # advantages over the deviation of the group
@@ -67,8 +69,9 @@ class HPT(Mixture):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gate < 0:
-            raise Refused(f"gate={self.gate}", "must be 0 or more", "0 trains the demonstration where no rollout is correct")
+        if self.gate is not None and self.gate < 0:
+            remedy = "0 trains the demonstration where no rollout is correct, null trains both"
+            raise Refused(f"gate={self.gate}", "must be 0 or more", remedy)
         if not self.sft_coef > 0:
             raise Refused(f"sft_coef={self.sft_coef}", "must be above 0", "use 1.0, or another objective for rollouts alone")
         if self.clip is not None and not 0 <= self.clip < 1:
@@ -76,10 +79,12 @@ class HPT(Mixture):
 
     @property
     def advantages(self) -> AdvantageOptions:
-        return AdvantageOptions(estimator="group", norm_by_std=self.norm_by_std)
+        return AdvantageOptions(estimator="group", norm_by_std=self.norm_by_std, demonstrations=False)
 
     def keep(self, rewards: Sequence[float], demonstrations: Sequence[bool]) -> Sequence[bool]:
-        """The demonstrations of a group or its rollouts."""
+        """The demonstrations of a group or its rollouts, or all of it."""
+        if self.gate is None:
+            return [True] * len(rewards)
         correct = sum(reward >= CORRECT for reward, other in zip(rewards, demonstrations, strict=True) if not other)
         imitate = any(demonstrations) and correct <= self.gate
         return [flag == imitate for flag in demonstrations]

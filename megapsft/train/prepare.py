@@ -26,12 +26,15 @@ def with_advantages(groups: Sequence[Group], objective: Objective) -> list[Group
         kept.append(tuple(sample for sample, flag in zip(group, flags, strict=True) if flag))
     kept = [group for group in kept if group]
     options = objective.advantages
-    if options is None or options.estimator == "gae":
+    if not kept or options is None or options.estimator == "gae":
         return kept
-    rewards = np.array([sample.reward for group in kept for sample in group])
-    numbers = np.repeat(np.arange(len(kept)), [len(group) for group in kept])
-    advantages = iter(estimate(options, rewards, numbers))
-    return [tuple(dataclasses.replace(sample, advantage=float(next(advantages))) for sample in group) for group in kept]
+    numbered = [(number, sample) for number, group in enumerate(kept) for sample in group]
+    rewards, numbers = (np.array(column) for column in zip(*((s.reward, number) for number, s in numbered), strict=True))
+    counts = np.array([options.demonstrations or not sample.demonstration for _, sample in numbered])
+    advantages = np.zeros(len(numbered))
+    advantages[counts] = estimate(options, rewards[counts], numbers[counts])
+    of_samples = iter(advantages.tolist())
+    return [tuple(dataclasses.replace(sample, advantage=next(of_samples)) for sample in group) for group in kept]
 
 
 def with_constants(policy: Policy, reference: Reference | None, batch: TrainBatch, objective: Objective) -> TrainBatch:

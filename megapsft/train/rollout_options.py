@@ -8,6 +8,7 @@ from megapsft.checkpoint.hf_folder import is_hf
 from megapsft.config import Config, RolloutConfig, flatten
 from megapsft.data.prompts import Prompts
 from megapsft.errors import Refused
+from megapsft.objectives.registry import build_objective
 from megapsft.platform.cpu import has_cuda
 from megapsft.rewards.registry import build_reward
 from megapsft.rollout.base import Sampling
@@ -51,6 +52,8 @@ def check_options(config: Config) -> None:
         rule = "is of dynamic sampling, which is off"
         remedy = f"set rollout.dynamic_sampling={labels[0]}, or leave it out"
         raise Refused(f"rollout.max_rounds={options.max_rounds}", rule, remedy)
+    if options.demonstration_buffer:
+        _check_buffer(config)
     if options.oversample < 1:
         raise Refused(f"rollout.oversample={options.oversample}", "must be 1 or more", "1.25 asks for a quarter more")
 
@@ -74,6 +77,16 @@ def _check_fp8(config: Config) -> None:
     if not has_cuda():
         rule = "needs a GPU, and there is none: SGLang on a CPU has no kernel for FP8 weights"
         raise Refused("rollout.fp8=true", rule, "leave it out, or train where there are GPUs")
+
+
+def _check_buffer(config: Config) -> None:
+    imitates = list(build_objective(config.objective).keep([0.0, 1.0], [False, True])) == [False, True]
+    if not imitates or config.data.select is not None:
+        rule = "is of objectives that train a demonstration where no rollout is right"
+        what = f"data.select={config.data.select}" if imitates else f"objective.name={config.objective['name']}"
+        what += ", gate=null" if "gate" in config.objective and not imitates else ""
+        remedy = "use objective.name=hpt with a gate, without data.select, or leave it out"
+        raise Refused(f"rollout.demonstration_buffer={config.rollout.demonstration_buffer}", f"{rule}, and {what}", remedy)
 
 
 def _check_engine(config: Config) -> None:

@@ -17,11 +17,13 @@ from megapsft.data.prompts import Prompts
 from megapsft.data.rollouts import choose, to_sample
 from megapsft.data.sampler import Sampler
 from megapsft.errors import TrainingStopped
+from megapsft.objectives.registry import build_objective
 from megapsft.rewards.registry import build_rewards
 from megapsft.rewards.sum import Response, Scored, Sum, summary
 from megapsft.rollout.base import Rollout, Sampling
 from megapsft.rollout.collect import Answered, Collected, Stream, collect, resumed
 from megapsft.rollout.dynamic_sampling import informative
+from megapsft.train.demonstration_buffer import DemonstrationBuffer
 from megapsft.train.engines import RETURN_ROUTING, Live
 from megapsft.types import Group
 
@@ -61,6 +63,8 @@ class Sampled:
         stream = Stream(drawn=state.get("drawn", 0), waiting=tuple(state.get("waiting", ())))
         self.stream = stream  # behind what has been trained
         self.ahead = resumed(stream, config.rollout.n)  # behind what has been sampled
+        objective = build_objective(config.objective)
+        self.buffer = DemonstrationBuffer(config.rollout.demonstration_buffer, objective, list(state.get("held", ())))
         self.metrics: dict[str, float] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         self._futures: dict[int, Future[Step]] = {}
@@ -78,21 +82,23 @@ class Sampled:
         else:
             found = from_first(lambda: self._sampled_ahead(step))
         self.stream = found.collected.stream
+        groups = [self._group(*one) for one in zip(found.collected.answered, found.scored, strict=True)]
+        if self.config.data.select is not None:
+            groups = [(sample,) for group in groups for sample in choose(group, self.config.data)]
+        draws = [one.draw for one in found.collected.answered]
+        groups = self.buffer.exchange(groups, draws, lambda draw: self._row(draw).demonstration)
         self.metrics = self._metrics(found, step) | {
             "perf/weight_update_seconds": updated - began,
             "perf/rollout_seconds": found.seconds,
             "perf/rollout_wait_seconds": time.perf_counter() - updated,
         }
-        groups = [self._group(*one) for one in zip(found.collected.answered, found.scored, strict=True)]
-        if self.config.data.select is not None:
-            groups = [(sample,) for group in groups for sample in choose(group, self.config.data)]
         return groups
 
     def epoch(self, step: int) -> float:
         return self.stream.drawn / self.sampler.size
 
     def state(self) -> dict[str, Any]:
-        return {"drawn": self.stream.drawn, "waiting": list(self.stream.waiting)}
+        return {"drawn": self.stream.drawn, "waiting": list(self.stream.waiting), "held": list(self.buffer.held)}
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -208,6 +214,7 @@ class Sampled:
             "rollout/groups": float(len(collected.answered)),
             "rollout/equal_groups": sum(len(set(group)) == 1 for group in rewards) / len(rewards),
             "rollout/discarded_groups": float(collected.discarded),
+            "rollout/held_demonstrations": float(len(self.buffer.held)),
             "rollout/length": float(lengths.mean()),
             "rollout/length_max": float(lengths.max()),
             "rollout/unfinished": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),

@@ -21,6 +21,7 @@ from tests.ranks import run_ranks
 from tests.shipped import FOLDER, OBJECTIVES
 
 PROMPTS = [path for path in OBJECTIVES if load_config(path).data.kind == "prompts"]
+RESUMED = ["grpo/tiny-qwen3-arithmetic.yaml", "dapo/tiny-qwen3-arithmetic.yaml", "hpt/tiny-qwen3-arithmetic-relift.yaml"]
 QUIET = ["log.progress=false", "log.tensorboard=false"]
 FEW = ["train.batch_size=8", "train.minibatch_size=4", "rollout.n=4", "optimizer.lr=3e-4", "optimizer.lr_warmup_steps=0"]
 
@@ -114,19 +115,22 @@ def test_a_split_samples_and_learns_the_same(family, ranks, split, train, half_k
                 assert other[key] == pytest.approx(value, rel=2e-3, abs=2e-4), key
 
 
-@pytest.mark.parametrize("name", ["grpo", "dapo"])
-def test_a_resumed_run_is_the_undisturbed_one(name, train, half_knowing):
-    undisturbed = train(name, half_knowing(), "undisturbed", "train.steps=4", "checkpoint.interval=2")
-    train(name, half_knowing(), "resumed", "train.steps=2", "checkpoint.interval=2")
-    resumed = train(name, half_knowing(), "resumed", "train.steps=4", "checkpoint.interval=2")
+@pytest.mark.parametrize("path", [FOLDER / name for name in RESUMED], ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_resumed_run_is_the_undisturbed_one(path, train, half_knowing):
+    options = ["checkpoint.interval=2", *(["rollout.demonstration_buffer=3"] if "relift" in path.stem else [])]
+    undisturbed = train("", half_knowing(), "undisturbed", "train.steps=4", *options, config=path)
+    train("", half_knowing(), "resumed", "train.steps=2", *options, config=path)
+    resumed = train("", half_knowing(), "resumed", "train.steps=4", *options, config=path)
     assert without_times(resumed) == without_times(undisturbed)
+    assert ("relift" in path.stem) == any(step["rollout/held_demonstrations"] for step in resumed)
 
 
 @pytest.mark.parametrize("path", PROMPTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_shipped_config_trains_on_what_it_sampled(path, train, half_knowing, tmp_path):
     config = load_config(path)
     warmup = config.critic.warmup_steps
-    steps = train(path.parent.name, half_knowing(), "run", f"train.steps={warmup + 3}", "optimizer.lr=1e-3", config=path)
+    options = ["optimizer.lr=1e-3", *(["rollout.demonstration_buffer=2"] if config.rollout.demonstration_buffer else [])]
+    steps = train(path.parent.name, half_knowing(), "run", f"train.steps={warmup + 3}", *options, config=path)
     assert len(steps) == warmup + 3
     updates = [one for one in records(tmp_path / "run/metrics.jsonl") if one["phase"] == "train"]
     assert len(updates) >= 3
@@ -139,8 +143,13 @@ def test_every_shipped_config_trains_on_what_it_sampled(path, train, half_knowin
         right = sum(32 * step["reward/math_answer"] for step in steps)
         assert samples == pytest.approx(right)
         assert 0 < samples < 32 * len(steps)
-    elif config.objective["name"] in ("srft", "luffy"):
+    elif config.objective["name"] in ("srft", "luffy") or config.objective.get("gate", 0) is None:
         assert samples == (32 + 8) * len(steps)  # a demonstration stands in each group
+    elif config.rollout.demonstration_buffer:
+        held = int(steps[-1]["rollout/held_demonstrations"])
+        unsolved, rest = divmod(32 * len(steps) - samples - held, 3)  # each has a demonstration, trained or held, for 4 rollouts
+        assert rest == 0
+        assert 0 <= held < 2 < unsolved < 8 * len(steps)
     elif config.objective["name"] == "hpt":
         assert 8 * len(steps) <= samples < (32 + 8) * len(steps)  # its rollouts, or its demonstration
 

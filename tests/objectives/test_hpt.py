@@ -17,6 +17,7 @@ VARIANTS = [  # beside the defaults, for the contract
     {"entropy_coef": 0.01},
     {"norm_by_std": True},
     {"gate": 1},
+    {"gate": None},
     {"aggregation": "seq-mean-token-mean"},
 ]
 OLD, ADVANTAGES = [[math.nan, math.nan], [-1.0, -0.6]], [[0.0, 0.0], [0.5, 0.5]]
@@ -79,6 +80,8 @@ def test_the_bonus_is_on_every_token():
         (0, [0, 0], [0, 0], [1, 1]),  # nothing to imitate
         (0, [1, 0, 1], [1, 0, 1], [1, 0, 1]),  # two demonstrations, and neither counts as a correct rollout
         (0, [1], [1], [1]),
+        (None, [0, 0, 0, 1], [0, 0, 0, 1], [1, 1, 1, 1]),  # both, whatever came of it
+        (None, [0, 1, 0, 1], [0, 0, 0, 1], [1, 1, 1, 1]),
     ],
 )
 def test_a_prompt_is_imitated_or_explored(gate, rewards, demonstrations, kept):
@@ -88,7 +91,7 @@ def test_a_prompt_is_imitated_or_explored(gate, rewards, demonstrations, kept):
 def test_it_says_what_it_needs():
     objective = HPT()
     assert (objective.needs, objective.trains_on, objective.totals_need) == ({"old_logprobs"}, {"rollouts"}, set())
-    assert objective.advantages == AdvantageOptions(estimator="group", norm_by_std=False)
+    assert objective.advantages == AdvantageOptions(estimator="group", norm_by_std=False, demonstrations=False)
     assert HPT(norm_by_std=True).advantages.norm_by_std
     assert (objective.aggregation, objective.max_response_length) == ("sum-over-Lmax", 8192)
 

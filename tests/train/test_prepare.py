@@ -42,6 +42,12 @@ def test_a_prompt_that_nobody_solved_is_learnt_from_its_demonstration():
     assert [[s.demonstration for s in group] for group in found] == [[False, False], [True]]
 
 
+def test_supervision_and_reinforcement_side_by_side():
+    found = with_advantages(GROUPS, build_objective({"name": "hpt", "gate": None, "norm_by_std": True}))
+    assert [[s.demonstration for s in group] for group in found] == [[False, False, True]] * 2
+    assert advantages(found) == [[0.7071, -0.7071, 0.0], [0.0, 0.0, 0.0]]  # the demonstration is in no group
+
+
 def test_without_advantages_nothing_is_touched():
     assert with_advantages(GROUPS, build_objective({"name": "sft"})) == GROUPS
 

@@ -18,6 +18,7 @@ def an_interpreter_for_servers(monkeypatch):
 REWARDS = "rewards=[{name: format}, {name: length, label: brief, soft_limit: 4}]"
 PROMPTS = ["data.kind=prompts", REWARDS]
 SGLANG = [*PROMPTS, "rollout.engine=sglang"]
+HPT = [*PROMPTS, "objective.name=hpt", "rollout.demonstration_buffer=4"]
 REPLAY = "model.moe_routing_replay=rollout"
 
 
@@ -45,6 +46,10 @@ REPLAY = "model.moe_routing_replay=rollout"
         ([*PROMPTS, "rollout.max_rounds=2"], "rollout.max_rounds=2: is of dynamic sampling, which is off"),
         ([REPLAY], "=rollout: chooses the experts that SGLang chose as it sampled, and data.kind=demonstrations: nothing"),
         ([*PROMPTS, REPLAY], "=rollout: chooses the experts .* and rollout.engine=inprocess; use rollout.engine=sglang"),
+        ([*PROMPTS, "rollout.demonstration_buffer=4"], "demonstration_buffer=4: is of objectives .* objective.name=psft; use"),
+        ([*HPT, "objective.gate=null"], "demonstration_buffer=4: is of objectives .* objective.name=hpt, gate=null; use"),
+        ([*HPT, "data.select=rft"], "demonstration_buffer=4: is of objectives .* data.select=rft; use"),
+        (["rollout.demonstration_buffer=4"], "rollout.demonstration_buffer=4: is of sampled responses"),
         ([*PROMPTS, "rollout.fp8=true"], "rollout.fp8=True: is of SGLang servers"),
         (["rollout.fp8=true"], "rollout.fp8=True: is of sampled responses"),
         ([*SGLANG, "rollout.fp8=true", "model.dtype=float32"], "rollout.fp8=true: is of bfloat16 weights, and model.dtype"),
