@@ -216,6 +216,7 @@ class LogConfig:
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "megapsft"
     progress: bool = True
+    rollouts: NonNegativeInt = 0  # every so many steps all rollouts of the step go to RUN/rollouts/step-*.jsonl; 0: never
 
 
 @dataclass(frozen=True, kw_only=True)

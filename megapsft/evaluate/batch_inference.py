@@ -18,11 +18,10 @@ from megapsft.errors import Refused
 from megapsft.evaluate.benchmark import Benchmark, Problem
 from megapsft.evaluate.engine import Dtype, check_room, open_engine, weights_digest
 from megapsft.evaluate.journal import Journal
-from megapsft.evaluate.sample import Unit, fill, open_progress, rollout_record, units
+from megapsft.evaluate.sample import Unit, fill, open_progress, units
 from megapsft.rewards.registry import build_reward, build_rewards
-from megapsft.rewards.sum import Sum
 from megapsft.rollout.base import Rollout, Sampling
-from megapsft.train.sampled import response_of
+from megapsft.train.rollout_record import group_record, response_of
 
 OURS = ("row", "number", "prompt_token_ids", "rollouts")  # columns that are written beside those of the data
 
@@ -95,7 +94,11 @@ def rollout(
             advance = stack.enter_context(open_progress(progress, out.name, len(wanted) * n, resumed))
 
             def to_record(unit: Unit, rollouts: Sequence[Rollout]) -> dict[str, Any]:
-                return _record(data.problems[unit.row], unit, rollouts, template, scoring)
+                problem, scored = data.problems[unit.row], None
+                if scoring is not None:
+                    numbered = enumerate(rollouts, start=1)
+                    scored = scoring([response_of(problem, one, number, template) for number, one in numbered])
+                return group_record(problem, rollouts, scored, template, row=unit.row, number=unit.number)
 
             fill(journal, data.problems, wanted, opened, sampling, to_record, advance)
     return Written(len(wanted), len(wanted) * n, resumed)
@@ -117,14 +120,3 @@ def _check_row(problem: Problem) -> None:
         json.dumps(problem.row, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise Refused(problem.source, f"cannot be written as JSON ({error})", "leave the column out, or make it text") from None
-
-
-def _record(
-    problem: Problem, unit: Unit, rollouts: Sequence[Rollout], template: ChatTemplate, scoring: Sum | None
-) -> dict[str, Any]:
-    records = [rollout_record(problem, rollout, template, logprobs=True) for rollout in rollouts]
-    if scoring is not None:
-        responses = [response_of(problem, rollout, number, template) for number, rollout in enumerate(rollouts, start=1)]
-        records = [{"reward": scored.total, **record} for record, scored in zip(records, scoring(responses), strict=True)]
-    ours = {"row": unit.row, "number": unit.number, "prompt_token_ids": list(problem.token_ids), "rollouts": records}
-    return {**problem.row, **ours}

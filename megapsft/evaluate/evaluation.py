@@ -25,10 +25,11 @@ from megapsft.evaluate.benchmark import Benchmark
 from megapsft.evaluate.engine import Dtype, check_room, open_engine
 from megapsft.evaluate.journal import Journal
 from megapsft.evaluate.protocol import protocol_of
-from megapsft.evaluate.sample import Unit, fill, open_progress, rollout_of, rollout_record, units
+from megapsft.evaluate.sample import Unit, fill, open_progress, rollout_of, units
 from megapsft.evaluate.score import Result, score, summarise
 from megapsft.rewards.registry import build_reward, build_rewards
 from megapsft.rollout.base import Rollout, Sampling
+from megapsft.train.rollout_record import rollout_record
 
 RESULTS = "results.json"
 

@@ -9,16 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megapsft.data.chat_template import ChatTemplate
 from megapsft.evaluate.benchmark import Problem
 from megapsft.evaluate.engine import Opened
 from megapsft.evaluate.journal import Journal
 from megapsft.rollout.base import Request, Rollout, Sampling
-from megapsft.train.sampled import response_of
 
 SYNC_SECONDS = 1.0
 
@@ -126,25 +123,8 @@ def _batches(wanted: Sequence[Unit], size: int | None) -> Iterator[Sequence[Unit
     yield batch
 
 
-def rollout_record(problem: Problem, rollout: Rollout, template: ChatTemplate, logprobs: bool) -> dict[str, Any]:
-    """A rollout as files of `data.kind=rollouts` have it: its words to be read, its ids to be used.
-
-    Args:
-        logprobs: whether they are kept, in the fewest digits that give the same fp32.
-    """
-    record = {
-        "response": response_of(problem, rollout, 1, template).text,
-        "token_ids": list(rollout.response_ids),
-        "finish_reason": rollout.finish_reason,
-        "weight_version": rollout.weight_version,
-    }
-    if logprobs:
-        record["logprobs"] = [float(str(x)) for x in np.array(rollout.rollout_logprobs, dtype=np.float32)]
-    return record
-
-
 def rollout_of(record: Mapping[str, Any], prompt_ids: Sequence[int]) -> Rollout:
-    """What `rollout_record` wrote; without log-probabilities where it had none."""
+    """What `train.rollout_record` wrote; without log-probabilities where it had none."""
     return Rollout(
         prompt_ids=tuple(prompt_ids),
         response_ids=tuple(record["token_ids"]),

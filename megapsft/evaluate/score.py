@@ -12,7 +12,7 @@ from megapsft.evaluate.benchmark import Problem
 from megapsft.evaluate.pass_at_k import average_at_n, over_problems, pass_at_k
 from megapsft.rewards.sum import Sum
 from megapsft.rollout.base import Rollout
-from megapsft.train.sampled import response_of
+from megapsft.train.rollout_record import response_of
 
 KS = (1, 8, 32)  # of pass@k, where nothing else is asked for
 

@@ -68,6 +68,8 @@ def _check_nothing_sampled(config: Config) -> None:
             raise Refused(f"{key}={value}", rule, remedy)
     if config.rewards:
         raise Refused(f"rewards={list(config.rewards)}", rule, remedy)
+    if config.log.rollouts:
+        raise Refused(f"log.rollouts={config.log.rollouts}", rule, remedy)
 
 
 def _check_fp8(config: Config) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,13 @@ from megapsft.data.sampler import Sampler
 from megapsft.errors import TrainingStopped
 from megapsft.objectives.registry import build_objective
 from megapsft.rewards.registry import build_rewards
-from megapsft.rewards.sum import Response, Scored, Sum, summary
+from megapsft.rewards.sum import Scored, Sum, summary
 from megapsft.rollout.base import Rollout, Sampling
 from megapsft.rollout.collect import Answered, Collected, Stream, collect, resumed
 from megapsft.rollout.dynamic_sampling import informative
 from megapsft.train.demonstration_buffer import DemonstrationBuffer
 from megapsft.train.engines import RETURN_ROUTING, Live
+from megapsft.train.rollout_record import group_record, response_of, write_records
 from megapsft.types import Group
 
 
@@ -87,6 +89,8 @@ class Sampled:
             groups = [(sample,) for group in groups for sample in choose(group, self.config.data)]
         draws = [one.draw for one in found.collected.answered]
         groups = self.buffer.exchange(groups, draws, lambda draw: self._row(draw).demonstration)
+        if self.rewards is not None and self.config.log.rollouts and (step + 1) % self.config.log.rollouts == 0:
+            self._write(found, step + 1)
         self.metrics = self._metrics(found, step) | {
             "perf/weight_update_seconds": updated - began,
             "perf/rollout_seconds": found.seconds,
@@ -202,6 +206,14 @@ class Sampled:
             )
         return found
 
+    def _write(self, found: Step, number: int) -> None:
+        """The rollouts of a step, for people and for `data.kind=rollouts`."""
+        records = (
+            group_record(self._row(one.draw), one.rollouts, scored, self.template, draw=one.draw)
+            for one, scored in zip(found.collected.answered, found.scored, strict=True)
+        )
+        write_records(Path(self.config.run.dir) / "rollouts" / f"step-{number:06d}.jsonl", records)
+
     def _metrics(self, found: Step, step: int) -> dict[str, float]:
         collected = found.collected
         rollouts = [rollout for one in collected.answered for rollout in one.rollouts]
@@ -225,20 +237,3 @@ class Sampled:
             "rollout/restarted": float(collected.restarted),
             "rollout/tokens_per_second": float(lengths.sum()) / found.seconds,
         }
-
-
-def response_of(row: Any, rollout: Rollout, number: int, template: ChatTemplate) -> Response:
-    """What rewards are given: the words of the response, without the token that ended it."""
-    ids = rollout.response_ids
-    ended = rollout.finish_reason == "stop" and ids and ids[-1] in template.stop_token_ids
-    return Response(
-        prompt=row.prompt,
-        text=template.tokenizer.decode(ids[:-1] if ended else ids),
-        tokens=len(ids),
-        source=f"{row.source}: rollout {number}",
-        reference=row.reference,
-        row=row.row,
-    )
-
-
-__all__ = ["Sampled", "response_of"]

@@ -7,9 +7,10 @@ from megapsft.data.chat_template import ChatTemplate
 from megapsft.evaluate.benchmark import Problem
 from megapsft.evaluate.engine import Opened
 from megapsft.evaluate.journal import Journal
-from megapsft.evaluate.sample import Unit, fill, rollout_of, rollout_record, units
+from megapsft.evaluate.sample import Unit, fill, rollout_of, units
 from megapsft.rollout.base import Request, Rollout, Sampling
 from megapsft.rollout.recorded import Recorded
+from megapsft.train.rollout_record import rollout_record
 
 SAMPLING = Sampling(max_tokens=8)
 

@@ -28,6 +28,7 @@ REPLAY = "model.moe_routing_replay=rollout"
         (["rollout.n=4"], "rollout.n=4: is of sampled responses, and data.kind=demonstrations; use data.kind=prompts"),
         (["rollout.engine=sglang"], "rollout.engine=sglang: is of sampled responses"),
         ([REWARDS], "is of sampled responses"),
+        (["log.rollouts=1"], "log.rollouts=1: is of sampled responses"),
         (["evaluate.data=[a.jsonl]", "rollout.n=4"], "rollout.n=4: is of sampled responses"),
         (["data.kind=prompts"], r"rewards=\[\]: names none"),
         (["data.kind=prompts", "rewards=[{name: nothing}]"], "'nothing': is not known"),

@@ -81,6 +81,8 @@ def main() -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
+if __name__ != "__main__":
+    die_with(os.getppid())  # SGLang's processes ask for it too, seconds later, which is too late where it is ended as it starts
 stay_on_loopback()
 if __name__ == "__main__":
     main()

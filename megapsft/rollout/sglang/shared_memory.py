@@ -10,7 +10,8 @@ import base64
 import io
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from megapsft.errors import Refused
 
 FOLDER = Path("/dev/shm")  # where Linux has it
+STDERR = 2
 _strategy = threading.Lock()  # torch keeps one for the process
 
 
@@ -37,8 +39,22 @@ def allocate(size: int) -> Tensor:
             rule = f"needs {size:,} bytes of shared memory, and {FOLDER} has {free:,}"
             remedy = "use a smaller rollout.bucket_bytes, or rollout.weight_update=disk"
             raise Refused("rollout.weight_update=tensor", rule, remedy)
-    storage = torch.UntypedStorage._new_using_filename_cpu(size)
+    with _not_inherited(STDERR):
+        storage = torch.UntypedStorage._new_using_filename_cpu(size)
     return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+@contextmanager
+def _not_inherited(descriptor: int) -> Iterator[None]:
+    """torch starts a process for its shared memory, which lives as long as a server that has had some: whoever reads our stderr
+    to its end (a pipe, a launcher) would wait for that server."""
+    with _strategy:
+        before = os.get_inheritable(descriptor)
+        os.set_inheritable(descriptor, False)
+        try:
+            yield
+        finally:
+            os.set_inheritable(descriptor, before)
 
 
 def payload(named: Sequence[tuple[str, Tensor]]) -> str:
