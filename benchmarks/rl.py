@@ -1,5 +1,5 @@
-"""RL of a tiny model on generated problems, from a PSFT warm start: accuracy over steps, with both engines, and with a reward
-that knows nothing as the control.
+"""RL of a tiny model on generated problems, from a PSFT warm start: accuracy over steps, with both engines, and with the
+rewards of other responses as the control.
 
     python benchmarks/rl.py --work runs/rl --json docs/results/rl.json --plot docs/results/rl.png
 
@@ -13,6 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNS = {  # label -> overrides of configs/grpo/tiny-qwen3-arithmetic.yaml
     "in process": [],
     "SGLang": ["rollout.engine=sglang"],
-    "random reward (control)": [f"rewards=[{{name: {ROOT / 'benchmarks/random_reward.py'}}}]"],
+    "shuffled rewards (control)": [f"rewards=[{{name: {ROOT / 'benchmarks/shuffled_reward.py'}}}]"],
 }
 
 
@@ -45,8 +46,9 @@ def main() -> int:
         if "rollout.engine=sglang" not in overrides:
             overrides = [*overrides, "rollout.max_batch_size=256"]
         where = [f"model.path={model}", f"data.path={data}", f"run.dir={run}", f"evaluate.data=[{test}]"]
+        began, fresh = time.perf_counter(), not (run / "steps.jsonl").exists()
         _megapsft("train", str(ROOT / "configs/grpo/tiny-qwen3-arithmetic.yaml"), *where, *overrides, *options.overrides)
-        figures[label] = read(run)
+        figures[label] = {"seconds_of_command": time.perf_counter() - began if fresh else None} | read(run)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
@@ -70,7 +72,7 @@ def warm_start(work: Path, data: Path) -> Path:
     """A model after PSFT, which answers some of the problems right."""
     tiny, run, out = work / "tiny", work / "psft", work / "warm"
     if not tiny.exists():
-        sizes = ["--vocab-size", "320", "--num-layers", "3"]
+        sizes = ["--vocab-size=320", "--hidden-size=128", "--num-layers=3", "--head-dim=32", "--intermediate-size=384"]
         _megapsft("init-model", "--family", "qwen3", "--data", str(data), *sizes, "--out", str(tiny))
     if not out.exists():
         config = str(ROOT / "configs/psft/tiny-qwen3-arithmetic.yaml")
@@ -102,13 +104,13 @@ def points(figures: dict) -> list[tuple[float, float, float]]:
 
 def table(figures: dict[str, dict]) -> Table:
     shown = Table(title="accuracy on 200 problems, one response each at temperature 1")
-    for heading in ("run", "before", "after", "steps", "seconds", "of it sampling", "weight updates", "largest mismatch"):
+    for heading in ("run", "before", "after", "steps", "minutes", "of steps: sampling", "weight updates", "largest mismatch"):
         shown.add_column(heading)
     for label, one in figures.items():
         first, last = ("{avg:.3f} ± {standard_error:.3f}".format(**point) for point in (one["accuracy"][0], one["accuracy"][-1]))
         shares = (f"{one[key]:.0%}" for key in ("share_of_rollouts", "share_of_weight_updates"))
-        steps, seconds = str(len(one["reward"])), f"{one['seconds']:.0f}"
-        shown.add_row(label, first, last, steps, seconds, *shares, f"{one['mismatch_max']:.1e}")
+        minutes = f"{(one['seconds_of_command'] or one['seconds']) / 60:.1f}"  # of the command, with starting and benchmarks
+        shown.add_row(label, first, last, str(len(one["reward"])), minutes, *shares, f"{one['mismatch_max']:.1e}")
     return shown
 
 
