@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from megapsft.errors import Refused, TrainingStopped
 if TYPE_CHECKING:
     from megapsft.checkpoint.convert.run import Result
     from megapsft.config import ParallelConfig, RolloutConfig
+    from megapsft.platform.held_signal import HeldSignal
     from megapsft.train.plan import RunPlan
     from megapsft.train.run import Evaluation
 
@@ -33,15 +35,21 @@ def train(
         megapsft train configs/psft/tiny-qwen3-gsm8k.yaml --dry-run
         torchrun --nproc-per-node 8 -m megapsft.cli train CONFIG.yaml     (or srun: it joins)
 
+    SIGUSR1, or a file RUN/stop, ends it after the step that it is in, saved, to be continued (docs/queue.md).
+
     Args:
         config: YAML file; `key=value` arguments overlay it, `megapsft config` lists the keys.
         dry_run: check everything, print what would run, start nothing.
         nproc_per_node: processes to start here; default: the GPUs of this machine, or the fewest that the split needs.
     """
+    from megapsft.platform.held_signal import HeldSignal
+
+    asked = None if dry_run else HeldSignal(signal.SIGUSR1)  # before the imports, which take seconds
     from megapsft.config import load_config
     from megapsft.platform.launch import become_world_of_one, torchrun
     from megapsft.report.plan import show_plan
-    from megapsft.train.plan import plan_run
+    from megapsft.train.plan import plan_run, run_folder
+    from megapsft.train.stop import STOPPED, ask, was_stopped
 
     resolved = load_config(config, OVERRIDES)
     world, joined = _world(resolved.parallel, nproc_per_node)
@@ -55,14 +63,20 @@ def train(
         show_plan(plan, whole=dry_run)
     if dry_run:
         return 0
+    folder = run_folder(resolved)
     if world > 1 and not joined:
-        return torchrun(world, ["train", str(config), *OVERRIDES])
-    if not joined:
-        become_world_of_one()
-    return _train_here(plan, evaluation)
+        asked.when_it_comes(lambda: ask(folder))
+        code = torchrun(world, ["train", str(config), *OVERRIDES])
+    else:
+        if not joined:
+            become_world_of_one()
+        code = _train_here(plan, evaluation, asked)
+    if not joined and code == 0 and was_stopped(folder):
+        return STOPPED  # where it joined: 0, for torchrun and srun take anything else for a failure, and end the other ranks
+    return code
 
 
-def _train_here(plan: RunPlan, evaluation: Evaluation | None) -> int:
+def _train_here(plan: RunPlan, evaluation: Evaluation | None, asked: HeldSignal) -> int:
     """As one rank of the world that the environment describes."""
     from megapsft import parallel
     from megapsft.platform.compat import hush
@@ -71,7 +85,7 @@ def _train_here(plan: RunPlan, evaluation: Evaluation | None) -> int:
 
     hush()
     parallel.initialize(plan.mesh, plan.config.parallel, plan.config.train.seed)
-    run = start(plan, evaluation)
+    run = start(plan, evaluation, asked.came)
     try:
         loop(run)
     except TrainingStopped as error:  # on all ranks at once
@@ -79,8 +93,9 @@ def _train_here(plan: RunPlan, evaluation: Evaluation | None) -> int:
         parallel.shutdown()
         return _complain(error)
     if _is_first():
-        done = run.done
-        print(f"{plan.config.run.dir}: {done.step} steps, {done.update} updates, {done.skipped_updates} of them skipped")
+        done, stopped = run.done, f"; stopped by {run.stopped}, the same command goes on" if run.stopped else ""
+        counts = f"{done.step} steps, {done.update} updates, {done.skipped_updates} of them skipped"
+        print(f"{plan.config.run.dir}: {counts}{stopped}")
     parallel.shutdown()
     return 0
 
@@ -827,7 +842,9 @@ def _complain(error: Exception) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, 2 where something was refused, 3 where training stopped itself."""
+    """Entry point; returns the exit code: 0, 2 where something was refused, 3 where training stopped itself, 75 where it was
+    asked to stop. A rank that hangs ends with 70.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] in (["train"], ["pipeline"], ["probe"], ["config"]):
         OVERRIDES[:] = [a for a in arguments[1:] if _is_override(a)]

@@ -23,6 +23,7 @@ class RunConfig:
 
     __pydantic_config__ = STRICT
     dir: str = "runs/default"
+    stop_after: PositiveFloat | None = None  # minutes after which it ends, saved and to be continued; None: never
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +139,8 @@ class TrainConfig:
     no_grad_microbatches: PositiveInt = 1  # packed ones that a pass of the old or reference policy takes as one; 1: same bits
     seed: int = 1234
     max_skipped_updates: PositiveInt = 10  # updates skipped one after the other before the run stops
+    hang_factor: PositiveFloat | None = 20.0  # no update for so many median steps: stacks are written, and it ends; None: never
+    hang_seconds: PositiveFloat = 600.0  # but never sooner
 
 
 @dataclass(frozen=True, kw_only=True)

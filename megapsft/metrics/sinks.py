@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from megapsft.errors import Refused
-from megapsft.metrics.records import JSONLines
+from megapsft.metrics.records import JSONLines, read_records
 
 
 class Sink(Protocol):
@@ -129,6 +129,11 @@ class Sinks:
         self.evaluations.write(record)
         for tracker in self.trackers:
             tracker.write(scalars(record), record["update"])
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the last benchmarks were answered after `step` steps."""
+        records = read_records(self.evaluations.path)
+        return bool(records) and records[-1]["step"] == step
 
     def resume(self, update: int) -> None:
         """Forget what the files say of later updates: they will come again. Trackers are told when they are made."""

@@ -11,12 +11,20 @@ from typing import Any
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from megapsft.config import STRICT, Config, RunConfig, build, flatten, load_config, merge, parse_override, read_yaml
+from megapsft.config import STRICT, Config, build, flatten, load_config, merge, parse_override, read_yaml
 from megapsft.errors import Refused
 
 START = "start"  # what is before the first stage
 EXPORT = "hf"  # folder of a stage's run with the model that it made
 NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderConfig:
+    """Where a pipeline lives."""
+
+    __pydantic_config__ = STRICT
+    dir: str = "runs/default"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +58,7 @@ class PipelineConfig:
     """Everything a pipeline is. `run.dir` names it: the same command on the same `run.dir` continues it."""
 
     __pydantic_config__ = STRICT
-    run: RunConfig = field(default_factory=RunConfig)
+    run: FolderConfig = field(default_factory=FolderConfig)
     model: str = ""  # where the first stage starts
     stages: tuple[StageConfig, ...] = ()
     compare: CompareConfig = field(default_factory=CompareConfig)

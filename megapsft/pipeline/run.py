@@ -19,6 +19,7 @@ from megapsft.pipeline.plan import PipelinePlan, Stage, plan_stage
 from megapsft.platform.launch import LAUNCHED
 from megapsft.report.hand_off import show_hand_off, write_hand_off
 from megapsft.train.plan import to_yaml
+from megapsft.train.stop import STOPPED
 
 STARTED_FROM = "started-from.json"  # in the folder of a stage
 GRACE_SECONDS = 60.0  # of a stage that was interrupted
@@ -105,7 +106,7 @@ def run_alone(command: list[str], environment: Mapping[str, str]) -> int:
 
 
 def _failed(stage: Stage, code: int) -> int:
-    what = "was interrupted" if code == 130 else f"ended with exit code {code}"
+    what = {130: "was interrupted", STOPPED: "was stopped"}.get(code, f"ended with exit code {code}")
     remedy = "the same command goes on from its last checkpoint"
     if code in (2, 3):
         remedy = f"mend what it says above, then {remedy}"

@@ -23,6 +23,7 @@ def train(run: Run) -> None:
                 report = run.critic.update(phase.objective, minibatch, report)
             run.log_update(step, phase, report)
         run.log_step(step, phase)
+        run.stop_if_asked(step)  # then nothing but a checkpoint follows
         run.evaluate_if_due(step)
         run.save_if_due(step, phase)
     run.close()

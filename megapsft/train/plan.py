@@ -48,6 +48,7 @@ MAY_CHANGE = (
     "model.make_vocab_size_divisible_by",
     "train.steps",
     "train.max_skipped_updates",
+    "train.hang_",
     "evaluate.",
     *(f"rollout.{name}" for name in (*OF_SGLANG, "engine", "max_batch_size", "reward_workers")),
 )

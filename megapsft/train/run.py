@@ -7,7 +7,7 @@ import fcntl
 import math
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -24,11 +24,13 @@ from megapsft import __version__
 from megapsft.checkpoint.dist import Checkpoints, Trained, load_model, read_state
 from megapsft.checkpoint.hf import import_hf
 from megapsft.checkpoint.hf_save import keep_model
+from megapsft.checkpoint.together import from_first
 from megapsft.config import flatten
 from megapsft.data.pack import pack
 from megapsft.data.prompts import Prompts
 from megapsft.errors import Refused, TrainingStopped
 from megapsft.metrics.sinks import Sinks, TensorBoard, WandB
+from megapsft.platform.hang import HangWatch, Heartbeat
 from megapsft.policy.build import Policy, build_chunks, distribute, half, transformer_config
 from megapsft.policy.critic import with_value_heads
 from megapsft.policy.reference import Copied, Reference, Swapped
@@ -39,6 +41,7 @@ from megapsft.train.phases import Phase, phase_of
 from megapsft.train.plan import RunPlan, checkpoint_folder, config_file, run_folder, to_yaml
 from megapsft.train.sampled import Sampled
 from megapsft.train.sources import Rows, Source
+from megapsft.train.stop import Stop, go_on
 from megapsft.train.update import Report
 from megapsft.train.watch import Watch
 from megapsft.types import Group, Objective, TrainBatch
@@ -84,24 +87,33 @@ class Run:
     watch: Watch = field(default_factory=Watch)
     evaluation: Evaluation | None = None  # of benchmarks, where evaluate.data names some
     lock: IO | None = None  # held while the run lives, on the first rank
+    stop: Stop | None = None  # what may ask it to stop
+    stopped: str | None = None  # why it ends after this step
+    heart: Heartbeat = field(default_factory=Heartbeat)
+    hang: HangWatch | None = None
     clock: float = field(default_factory=time.perf_counter)
 
     def steps(self) -> Iterator[int]:
-        """The steps still to do."""
-        if not self.done.step:
-            self.evaluate_if_due(-1)
+        """The steps still to do, until the run is stopped."""
+        if self.evaluation is not None and not from_first(lambda: self.sinks.evaluated(self.done.step)):
+            self.evaluate_if_due(self.done.step - 1)  # before the first step, or where a stop came before the benchmarks
         self.clock = time.perf_counter()
-        yield from range(self.done.step, self.plan.steps)
+        for step in range(self.done.step, self.plan.steps):
+            yield step
+            if self.stopped:
+                break
 
     def enter(self, step: int) -> Phase:
         """The phase of `step`; where it begins, the optimizer starts afresh, and the reference becomes what the policy is."""
         phase = phase_of(self.plan.phases, step)
         if step == phase.first_step:
+            self.heart.forget()
             forget(self.optimizer)
             if self.plan.needs_reference(phase):
                 self.reference = build_reference(self.plan, self.policy)
         if phase.objective.critic and self.critic is None:
             self.critic = build_critic(self.plan)
+        self.heart.begin()
         return phase
 
     def pack(self, groups: list[Group], objective: Objective) -> TrainBatch:
@@ -133,6 +145,7 @@ class Run:
         """
         now, seconds = time.perf_counter(), time.perf_counter() - self.clock
         self.clock = now
+        self.heart.beat()
         done = self.done
         done.update += 1
         done.trained_tokens += int(report.metrics["data/trained_tokens"])
@@ -160,6 +173,7 @@ class Run:
     def log_step(self, step: int, phase: Phase) -> None:
         """Write the step's own record: token means of its updates, and the entropy of the policy at its start."""
         reports, self.reports = self.reports, []
+        self.heart.end()
         self.done.step = step + 1
         for name, value in self.source.state().items():
             setattr(self.done, name, value)
@@ -203,11 +217,21 @@ class Run:
             console = self.progress.console if self.progress else Console(stderr=True)
             console.print(f"[yellow]note:[/] {text}", highlight=False)
 
+    def stop_if_asked(self, step: int) -> None:
+        """Collective. Whether the run ends after this step: it was asked to, and there is more to do."""
+        reason = self.stop.asked(self.policy.device) if self.stop else None
+        if step + 1 < self.plan.steps or self._evaluation_due(step + 1):
+            self.stopped = reason
+
     def evaluate_if_due(self, step: int) -> None:
-        """Answer the benchmarks before the first step, every `evaluate.interval` steps, and after the last. Collective."""
+        """Answer the benchmarks before the first step, every `evaluate.interval` steps, and after the last. Collective.
+
+        Where the run is stopped they wait until it goes on.
+        """
         done = step + 1
-        if self.evaluation is None or not (done % self.plan.config.evaluate.interval == 0 or done == self.plan.steps):
+        if self.stopped or not self._evaluation_due(done):
             return
+        self.heart.rest()
         metrics = self.evaluation(self)
         if self.sinks:
             self.sinks.write_evaluation({"update": self.done.update, "step": done} | metrics)
@@ -216,10 +240,11 @@ class Run:
         self.clock = time.perf_counter()  # the next update does not count it
 
     def save_if_due(self, step: int, phase: Phase) -> None:
-        """A checkpoint every `checkpoint.interval` steps, at the end of a phase, and at the end of the run."""
+        """A checkpoint every `checkpoint.interval` steps, at the end of a phase, and at the end of the run, stopped or not."""
         interval = self.plan.config.checkpoint.interval
-        if not (step + 1 == phase.end or (interval and (step + 1) % interval == 0)):
+        if not (self.stopped or step + 1 == phase.end or (interval and (step + 1) % interval == 0)):
             return
+        self.heart.rest()
         score = sum(self.since_checkpoint) / len(self.since_checkpoint) if self.since_checkpoint else None
         self.since_checkpoint = []
         self.checkpoints.save(step + 1, dataclasses.asdict(self.done), self.models(), score)
@@ -232,15 +257,21 @@ class Run:
         return models
 
     def close(self) -> None:
-        """Wait for the last checkpoint and close what writes."""
+        """Collective. Wait for the last checkpoint, end what was started, close what writes."""
+        if self.hang:
+            self.hang.close()
+        self.checkpoints.finish()  # first: where the run was asked to stop, time is short
         if self.evaluation is not None:
             self.evaluation.close()
         self.source.close()
-        self.checkpoints.finish()
         if self.progress:
             self.progress.stop()
         if self.sinks:
             self.sinks.close()
+            self.stop.settle(self.done.step, self.stopped)
+
+    def _evaluation_due(self, done: int) -> bool:
+        return self.evaluation is not None and (done % self.plan.config.evaluate.interval == 0 or done == self.plan.steps)
 
     def _record(self, step: int, phase: Phase) -> dict[str, Any]:
         name = phase.name if step >= phase.policy_from else "critic"
@@ -260,20 +291,30 @@ class Run:
         )
 
 
-def start(plan: RunPlan, evaluation: Evaluation | None = None) -> Run:
-    """Collective. Build the policy and its optimizer, fill them from the checkpoint or the Hugging Face folder, open sinks."""
+def start(plan: RunPlan, evaluation: Evaluation | None = None, signalled: Callable[[], bool] = lambda: False) -> Run:
+    """Collective. Build the policy and its optimizer, fill them from the checkpoint or the Hugging Face folder, open sinks.
+
+    Args:
+        signalled: whether this rank was sent a signal that asks the run to stop.
+    """
     config, first = plan.config, dist.get_rank() == 0
+    stop = Stop(run_folder(config), config.run.stop_after, signalled)
     lock = _lock(run_folder(config)) if first else None
+    if first:
+        go_on(run_folder(config))
     policy = build_policy(plan)
     optimizer = build_optimizer(config.optimizer, config.parallel, policy)
     checkpoints = Checkpoints(checkpoint_folder(config), config.checkpoint, plan.pinned_steps)
     state = read_state(plan.checkpoint) if plan.checkpoint else {}
     run = Run(plan, policy, optimizer, checkpoints, build_source(plan, policy, state), None, None)
-    run.evaluation, run.lock = evaluation, lock
+    run.evaluation, run.lock, run.stop = evaluation, lock, stop
     if plan.checkpoint is not None:
         _continue(run, plan.checkpoint)
     run.sinks = _open_sinks(plan, run.done) if first else None
     run.progress = _open_progress(plan, run.done) if first and config.log.progress else None
+    if config.train.hang_factor is not None:
+        run.heart = Heartbeat(config.train.hang_factor, config.train.hang_seconds)
+        run.hang = HangWatch(run.heart, run_folder(config) / "stacks", dist.get_rank())
     return run
 
 
