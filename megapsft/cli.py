@@ -49,7 +49,7 @@ def train(
     from megapsft.platform.launch import become_world_of_one, torchrun
     from megapsft.report.plan import show_plan
     from megapsft.train.plan import plan_run, run_folder
-    from megapsft.train.stop import STOPPED, ask, was_stopped
+    from megapsft.train.stop import STOPPED, ask, was_stopped, withdraw
 
     resolved = load_config(config, OVERRIDES)
     world, joined = _world(resolved.parallel, nproc_per_node)
@@ -65,8 +65,10 @@ def train(
         return 0
     folder = run_folder(resolved)
     if world > 1 and not joined:
-        asked.when_it_comes(lambda: ask(folder))
-        code = torchrun(world, ["train", str(config), *OVERRIDES])
+        with asked.passed_on(lambda: ask(folder)):
+            code = torchrun(world, ["train", str(config), *OVERRIDES])
+        if code == 0:
+            withdraw(folder)  # what came when there was nobody left to ask
     else:
         if not joined:
             become_world_of_one()

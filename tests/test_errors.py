@@ -385,6 +385,7 @@ def test_a_run_is_not_continued_as_another(override, value, rule, one_run, refus
 
 def test_what_a_continued_run_may_change(one_run, tiny_models, tiny_data):
     may = ("train.steps=3", f"{TP}=2", "checkpoint.interval=7", "data.packing=false", "train.max_skipped_updates=2")
+    may += ("run.stop_after=60", "train.hang_factor=null", "train.hang_seconds=5")
     same = "objective.clip_high=0.28"  # the default, said aloud
     plan = plan_run(configured(tiny_models("qwen3"), tiny_data, one_run, *may, same), 2)
     assert plan.checkpoint == (one_run / "checkpoints/step-00000002").resolve()

@@ -2,44 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 POLL_SECONDS = 0.2
 
 
 class HeldSignal:
-    """From now on `number` is held back from this process and from those that it starts: they inherit the mask.
+    """From now on `number` is held back from this process, and from those that it starts, which inherit the mask.
 
-    So a batch system may send it to every process of a job, the helpers of the ranks among them, and it kills none. Of the main
-    thread; the threads that libraries have started before keep their own mask, and for them there is a handler.
+    So a batch system may send it to every process of a job, the helpers of the ranks among them, and it kills none. Threads that
+    run already keep their own mask, and would let it through: make it before any.
 
     Example:
         >>> held = HeldSignal(signal.SIGUSR1)
-        >>> held.came()  # True once somebody has sent it
+        >>> held.came()  # True once somebody has sent it, and ever after
         False
     """
 
     def __init__(self, number: signal.Signals):
-        self._number, self._caught = number, False
-        signal.signal(number, self._catch)
+        self._number = number
         signal.pthread_sigmask(signal.SIG_BLOCK, {number})
 
     def came(self) -> bool:
-        """Whether it was sent to this process; it stays so."""
-        return self._caught or self._number in signal.sigpending()
+        """Whether it was sent to this process."""
+        return self._number in signal.sigpending()
 
-    def when_it_comes(self, act: Callable[[], None]) -> None:
-        """Call `act` once, in a thread of its own: for a process that is busy waiting for others."""
+    @contextlib.contextmanager
+    def passed_on(self, act: Callable[[], None]) -> Iterator[None]:
+        """For a process that is busy waiting for others: when the signal comes `act` is called, once, in another thread."""
+        over = threading.Event()
 
         def look() -> None:
-            while not self.came():
-                time.sleep(POLL_SECONDS)
-            act()
+            while not over.wait(POLL_SECONDS):
+                if self.came():
+                    act()
+                    return
 
-        threading.Thread(target=look, name="held-signal", daemon=True).start()
-
-    def _catch(self, number: int, frame: object) -> None:
-        self._caught = True
+        thread = threading.Thread(target=look, name="held-signal", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()

@@ -53,13 +53,18 @@ class Stop:
             beside = self.folder / f"{MARKER}.tmp"
             beside.write_text(json.dumps({"step": step, "reason": reason}) + "\n")
             os.replace(beside, self.folder / MARKER)
-        (self.folder / REQUEST).unlink(missing_ok=True)
+        withdraw(self.folder)
 
 
 def ask(folder: Path) -> None:
     """Ask the run in `folder` to stop."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / REQUEST).touch()
+
+
+def withdraw(folder: Path) -> None:
+    """Ask it no longer."""
+    (folder / REQUEST).unlink(missing_ok=True)
 
 
 def was_stopped(folder: Path) -> bool:

@@ -54,6 +54,22 @@ def test_resuming_forgets_what_will_come_again(tmp_path):
     assert read_tensorboard(tmp_path / "tensorboard") == {"train/loss": [(1, 1.0), (2, 2.0)], "step/train/loss": [(1, 1.0)]}
 
 
+def test_benchmarks_that_were_answered_are_known_when_a_run_goes_on(tmp_path):
+    sinks = Sinks(tmp_path)
+    assert not sinks.evaluated(0)
+    for step in (0, 2, 4):
+        sinks.write_evaluation({"update": 2 * step, "step": step, "evaluate/sums/avg": 0.5})
+    sinks.close()
+
+    sinks = Sinks(tmp_path)
+    assert sinks.evaluated(4)
+    sinks.resume(6)  # from a checkpoint after step 3
+    assert not sinks.evaluated(4)
+    assert not sinks.evaluated(3)
+    assert sinks.evaluated(2)
+    sinks.close()
+
+
 def test_wandb_offline_goes_on_under_the_same_id(tmp_path):
     for update in (1, 2):
         sinks = Sinks(tmp_path, [WandB(tmp_path, project="test", mode="offline", config={"train.steps": 2})])

@@ -29,6 +29,7 @@ def with_stage(tree: dict, number: int, **other: object) -> None:
         (lambda tree: tree.update(stages=[]), "stages=[]: is not a list of stages"),
         (lambda tree: tree.update(model=""), "model='': names no model"),
         (lambda tree: tree.update(model="nowhere"), "nowhere"),
+        (lambda tree: tree["run"].update(stop_after=60), "run.stop_after: is not a config key"),
         (lambda tree: tree["compare"].update(data=[]), "compare.data=[]: names no file, and compare has other keys"),
         (lambda tree: tree["compare"].update(data=["no.jsonl"]), "no.jsonl"),
         (lambda tree: tree["compare"].update(k=[1, 8]), "k=8: must lie in 1..4"),
