@@ -106,7 +106,8 @@ class Sampled:
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
-        self.engine.close()
+        self.engine.close()  # what is asked ahead of the last step has no answer then
+        self._thread.shutdown()
         if self.rewards is not None:
             self.rewards.close()
 

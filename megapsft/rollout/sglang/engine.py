@@ -142,7 +142,8 @@ class SGLang:
         """One rollout for each request, in their order. See `Engine`; `sampling.seed` is not used: SGLang draws from its own.
 
         Raises:
-            RuntimeError: a request failed on `rollout.retries` + 1 servers, or no server is left; it names the causes.
+            RuntimeError: a request failed on `rollout.retries` + 1 servers, or no server is left; it names the causes. Or the
+                engine was closed meanwhile.
             Refused: a server rejected a request.
         """
         return asyncio.run(_Generation(self, requests, sampling, enough).run())
@@ -194,6 +195,8 @@ class _Generation:
     async def _loop(self) -> None:
         last = time.monotonic()  # when a server was ready
         while self._waiting or self._running:
+            if self._pool.closed:
+                raise RuntimeError("the engine was closed")
             if self._stopped is None:
                 self._send()
             else:

@@ -220,6 +220,10 @@ class Pool:
         with self._lock:
             return all(member.state == "ended" for member in self.members)
 
+    @property
+    def closed(self) -> bool:
+        return self._closed.is_set()
+
     def causes(self) -> str:
         with self._lock:
             lost = [f"{member.url}: {member.cause or member.state}" for member in self.members if member.state != "ready"]
