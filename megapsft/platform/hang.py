@@ -16,6 +16,7 @@ from pathlib import Path
 HUNG = 70  # exit code of a rank that found itself hanging: EX_SOFTWARE
 STEPS = 20  # the last ones, whose median counts
 POLL_SECONDS = 1.0
+REPORT_SECONDS = 60.0
 
 
 class Heartbeat:
@@ -59,9 +60,10 @@ class Heartbeat:
     @property
     def limit(self) -> float | None:
         """Seconds without an update that are a hang; None while no step of its kind has been seen."""
-        if self.factor is None or not self._steps:
+        steps = list(self._steps)  # at once: they may be forgotten while another thread looks
+        if self.factor is None or not steps:
             return None
-        return max(self.seconds, self.factor * statistics.median(self._steps))
+        return max(self.seconds, self.factor * statistics.median(steps))
 
 
 class HangWatch:
@@ -99,7 +101,7 @@ class HangWatch:
             stood_still = now - before - POLL_SECONDS
             if stood_still > POLL_SECONDS:
                 if stood_still > limit:
-                    self._report(f"did not run for {stood_still:.0f} s, and goes on")
+                    self._report_aside(f"did not run for {stood_still:.0f} s, and goes on")
                 if self.heart.since == since:
                     self.heart.since = now
             elif now - since > limit:
@@ -108,13 +110,19 @@ class HangWatch:
 
     def _hangs(self, since: float, found: str, limit: float) -> None:
         grace = min(limit / 4, 60.0) if self.grace is None else self.grace
-        self._report(f"{found}; it ends in {grace:.0f} s with exit code {HUNG}")
+        self._report_aside(f"{found}; it ends in {grace:.0f} s with exit code {HUNG}")
         deadline = time.monotonic() + grace
         while time.monotonic() < deadline:
             if self._closed.wait(min(POLL_SECONDS, grace)) or self.heart.since != since:
                 print(f"megapsft: rank {self.rank}: it goes on after all", file=sys.stderr, flush=True)
                 return
         os._exit(HUNG)
+
+    def _report_aside(self, found: str) -> None:
+        """In a thread of its own, which is waited for, but not for ever: what hangs may be the file system."""
+        thread = threading.Thread(target=self._report, args=(found,), name="hang-report", daemon=True)
+        thread.start()
+        thread.join(REPORT_SECONDS)
 
     def _report(self, found: str) -> None:
         """Write the stacks of all threads to a file that was not there, and say so."""
