@@ -13,8 +13,8 @@ POLL_SECONDS = 0.2
 class HeldSignal:
     """From now on `number` is held back from this process, and from those that it starts, which inherit the mask.
 
-    So a batch system may send it to every process of a job, the helpers of the ranks among them, and it kills none. Threads that
-    run already keep their own mask, and would let it through: make it before any.
+    So a batch system may send it to every process of a job, the helpers of the ranks among them, and it kills none. To be made in
+    the main thread, early: threads that run already have a mask of their own. Where one lets it through, a handler notes it.
 
     Example:
         >>> held = HeldSignal(signal.SIGUSR1)
@@ -23,12 +23,13 @@ class HeldSignal:
     """
 
     def __init__(self, number: signal.Signals):
-        self._number = number
+        self._number, self._caught = number, False
+        signal.signal(number, self._catch)
         signal.pthread_sigmask(signal.SIG_BLOCK, {number})
 
     def came(self) -> bool:
         """Whether it was sent to this process."""
-        return self._number in signal.sigpending()
+        return self._caught or self._number in signal.sigpending()
 
     @contextlib.contextmanager
     def passed_on(self, act: Callable[[], None]) -> Iterator[None]:
@@ -48,3 +49,6 @@ class HeldSignal:
         finally:
             over.set()
             thread.join()
+
+    def _catch(self, number: int, frame: object) -> None:
+        self._caught = True

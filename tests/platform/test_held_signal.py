@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 START = """
-import os, signal, subprocess, sys, threading
+import os, signal, subprocess, sys, threading, time
 from megapsft.platform.held_signal import HeldSignal
 """
 
@@ -43,6 +43,18 @@ def test_a_thread_that_is_started_later_does_not_let_it_through():
 held = HeldSignal(signal.SIGUSR1)
 threading.Thread(target=threading.Event().wait, daemon=True).start()
 os.kill(os.getpid(), signal.SIGUSR1)
+assert held.came()
+"""
+    assert run(script).returncode == 0
+
+
+def test_a_thread_that_was_there_before_lets_it_through_and_it_is_noted():
+    script = """
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+held = HeldSignal(signal.SIGUSR1)
+os.kill(os.getpid(), signal.SIGUSR1)
+while signal.sigpending():
+    time.sleep(0.01)
 assert held.came()
 """
     assert run(script).returncode == 0
