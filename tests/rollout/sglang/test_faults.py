@@ -1,8 +1,5 @@
 """What networks and servers do: each request has exactly one rollout in the end, or the error names the cause."""
 
-import time
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 
 from megapsft.rollout.base import Sampling
@@ -45,22 +42,6 @@ def test_the_only_server(two_urls, dense, tmp_path, fault, cause):
         pytest.raises(RuntimeError, match=cause),
     ):
         engine.generate(requests(2), Sampling(max_tokens=6))
-
-
-def test_who_waits_for_an_engine_that_is_closed_is_told(two_urls, dense, tmp_path):
-    """A run that is stopped has asked for the steps ahead of its last one."""
-    proxy = Proxy(two_urls[0], lambda path, count, body: 600.0 if path == "/generate" else None)
-    with (
-        proxy.listening() as url,
-        engine_of([url], dense, tmp_path, request_timeout=600.0) as engine,
-        ThreadPoolExecutor(1) as thread,
-    ):
-        waits = thread.submit(engine.generate, requests(2), Sampling(max_tokens=6))
-        while not proxy.calls.get("/generate"):
-            time.sleep(0.01)
-        engine.close()
-        with pytest.raises(RuntimeError, match="the engine was closed"):
-            waits.result(timeout=60)
 
 
 def test_one_that_is_of_another_version_from_the_start_is_not_asked(two_urls, dense, tmp_path):
