@@ -25,8 +25,8 @@ from megapsft.report.evaluations import draw_evaluations
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = {  # label -> overrides of configs/grpo/tiny-qwen3-arithmetic.yaml
-    "in process": [],
     "SGLang": ["rollout.engine=sglang"],
+    "in process": [],
     "shuffled rewards (control)": [f"rewards=[{{name: {ROOT / 'benchmarks/shuffled_reward.py'}}}]"],
 }
 
