@@ -345,7 +345,9 @@ def plan(
     resolved = load_config(config, OVERRIDES)
     machines = Machines(gpu=gpu_named(gpu), nodes=nodes, gpus_per_node=gpus_per_node)
     hf = shape_of_model(config, resolved.model.path, model)
-    others = propose(resolved, hf, machines, proposals)
+    if proposals < 0:
+        raise Refused(f"--proposals {proposals}", "must be 0 or more", "leave it out for 5")
+    others = propose(resolved, hf, machines, proposals) if proposals else None
     try:
         found = estimate(resolved, hf, machines)
     except Refused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megapsft.cluster.efficiency import EAGER_LAYER, HBM
 from megapsft.cluster.hardware import GPU
+from megapsft.cluster.sizes import of_layer
 from megapsft.cluster.workload import Workload
 from megapsft.config import Config
 from megapsft.models.families import parameter_count
@@ -20,7 +21,8 @@ def generation_seconds(config: Config, hf: HFConfig, mesh: Mesh, work: Workload,
     if options.engine == "inprocess":
         groups, split, at_once = mesh.dp * mesh.cp, mesh.tp, options.max_batch_size
         launches = EAGER_LAYER * hf.num_hidden_layers
-        weights = parameter_count(hf) * itemsize / (mesh.tp * (mesh.ep if hf.num_experts else 1))
+        layers = of_layer(hf, mesh.tp, mesh.ep, mesh.etp).total * hf.num_hidden_layers  # stages go one after the other
+        weights = (layers + hf.vocab_size * hf.hidden_size / mesh.tp) * itemsize
     else:
         groups, split, at_once = len(options.urls) or options.servers, options.tensor_parallel_size, options.requests_per_server
         launches = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from megapsft.cluster.activations import chunks_in_flight, layer_bytes
@@ -78,8 +79,7 @@ def held(chunks: tuple[Parameters, ...], mesh: Mesh, dtype: str, sharded: bool) 
     buffers, shards = 0, 0
     for chunk in chunks:
         for numbers, ranks in zip((chunk.dense, chunk.expert), replicas(mesh), strict=True):
-            multiple = ranks * DIVISIBLE
-            buffer = round_up(numbers.aligned, multiple)
+            buffer = round_up(numbers.aligned, math.lcm(ranks, DIVISIBLE))
             buffers, shards = buffers + buffer, shards + buffer // ranks
     return Held(parameters=buffers * itemsize, gradients=buffers * GRADIENT, optimizer=shards * state)
 

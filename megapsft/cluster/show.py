@@ -22,8 +22,8 @@ MOST_COLUMNS = 4  # stages that are shown; those between are like their neighbou
 TIMES = tuple(field.name for field in fields(StepTime))
 
 
-def show_estimate(found: Estimate, proposals: Sequence[Estimate]) -> None:
-    """Print memory, time, traffic, what else would fit, and what all of that assumes."""
+def show_estimate(found: Estimate, proposals: Sequence[Estimate] | None) -> None:
+    """Print memory, time, traffic, what else would fit (None: nobody looked), and what all of that assumes."""
     console = Console()
     machines, hf = found.machines, found.hf
     experts = f", {hf.num_experts} experts (top {hf.num_experts_per_tok})" if hf.num_experts else ""
@@ -41,7 +41,7 @@ def show_estimate(found: Estimate, proposals: Sequence[Estimate]) -> None:
     console.print(verdict(found), highlight=False, soft_wrap=True)
     if proposals:
         show_proposals(proposals)
-    elif not found.fits:
+    elif proposals is not None and not found.fits:
         console.print("no split of these GPUs fits: use more nodes, a shorter data.pack_length, or larger GPUs", highlight=False)
     for line in assumptions(found):
         console.print(f"[dim]assumed:[/] {line}", highlight=False, soft_wrap=True)
@@ -155,13 +155,13 @@ def assumptions(found: Estimate) -> list[str]:
     return lines
 
 
-def write_estimate(found: Estimate, proposals: Sequence[Estimate], file: Path) -> None:
+def write_estimate(found: Estimate, proposals: Sequence[Estimate] | None, file: Path) -> None:
     """As JSON: bytes, seconds, tokens; proposals with the overrides that make them."""
     machines = found.machines
     tree = found.as_dict() | {
         "nodes": machines.nodes,
         "gpus_per_node": machines.gpus_per_node,
         "assumptions": assumptions(found),
-        "proposals": [one.as_dict() | {"overrides": overrides(one.config.parallel)} for one in proposals],
+        "proposals": [one.as_dict() | {"overrides": overrides(one.config.parallel)} for one in proposals or ()],
     }
     file.write_text(json.dumps(tree, indent=2) + "\n")

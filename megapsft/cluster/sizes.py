@@ -14,7 +14,7 @@ from megapsft.parallel import Mesh
 from megapsft.policy.build import padded_vocab_size
 
 ALIGNED = 64  # Megatron's distributed optimizer starts each parameter at a multiple of so many
-DIVISIBLE = 128  # and makes the whole a multiple of so many, and of the ranks
+DIVISIBLE = 128  # and makes the whole a multiple of so many, and of the number of ranks
 
 
 @dataclass(frozen=True)

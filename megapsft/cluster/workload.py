@@ -1,4 +1,4 @@
-"""What a step computes, before any data is read: samples as long as they may be, in packs that are full."""
+"""What a step computes, before any data is read: samples as long as they may be, in packs without padding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megapsft.parallel import Mesh
 from megapsft.train.phases import Phase, has_old_policy, phases, reference_needs
 from megapsft.types import Objective
 
-ASSUMED = "every sample is as long as data.max_length, and packs are full"
+ASSUMED = "every sample is as long as data.max_length, and packs have no padding"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +51,17 @@ def workload(config: Config, mesh: Mesh) -> Workload:
     rows = train.minibatch_size or train.batch_size
     samples, updates = rows * samples_a_row(config, objective), train.batch_size // rows
     _check_ranks(config, mesh, samples)
-    positions = max(data.pack_length, data.max_length) if data.packing else data.micro_batch_size * data.max_length
-    microbatches = -(-samples * data.max_length // (positions * mesh.dp))
+    capacity = max(data.pack_length, data.max_length) if data.packing else data.micro_batch_size * data.max_length
+    microbatches = -(-samples * data.max_length // (capacity * mesh.dp))
     if mesh.vpp > 1:  # Megatron's interleaved schedule
         microbatches = -(-microbatches // mesh.pp) * mesh.pp
+    even = -(-samples * data.max_length // (microbatches * mesh.dp))  # megapsft.data.plan makes microbatches even
     return Workload(
         phase=phase,
         updates=updates,
         samples=samples,
         length=data.max_length,
-        positions=positions,
+        positions=max(even, data.max_length),
         microbatches=microbatches,
         old_passes=updates - 1 if has_old_policy(objective) else 0,
         reference_passes=updates if reference_needs(objective) else 0,
