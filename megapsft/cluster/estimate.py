@@ -17,6 +17,7 @@ from megapsft.errors import Refused
 from megapsft.models.hf_config import HFConfig
 from megapsft.parallel import Mesh, plan_mesh
 from megapsft.policy.build import DTYPES, model_shape
+from megapsft.train.phases import Phase, phases
 from megapsft.train.plan import check_minibatch
 
 OURS = Execution()
@@ -104,8 +105,13 @@ class Estimate:
         }
 
 
-def estimate(config: Config, hf: HFConfig, machines: Machines, execution: Execution = OURS) -> Estimate:
+def estimate(
+    config: Config, hf: HFConfig, machines: Machines, execution: Execution = OURS, phase: Phase | None = None
+) -> Estimate:
     """The plan of `config` on these machines. No data is read, and no weights.
+
+    Args:
+        phase: the last of `config`, where it was made already: of thousands of splits it is the same.
 
     Raises:
         Refused: a split that does not fit the model or the number of GPUs, or leaves ranks without a sample; a minibatch that
@@ -118,7 +124,7 @@ def estimate(config: Config, hf: HFConfig, machines: Machines, execution: Execut
         raise Refused(f"data.max_length={config.data.max_length}", rule, remedy)
     dispatcher = config.model.moe_token_dispatcher_type
     mesh = plan_mesh(config.parallel, machines.world_size, model_shape(hf), on_cuda=True, dispatcher=dispatcher)
-    work = workload(config, mesh)
+    work = workload(config, mesh, phase or phases(config)[-1])
     time, sent = _Step(config, hf, machines, mesh, work, execution).take()
     stages = tuple(stage_memory(config, hf, mesh, work, stage, execution) for stage in range(mesh.pp))
     return Estimate(config=config, hf=hf, machines=machines, mesh=mesh, work=work, stages=stages, time=time, traffic=tuple(sent))

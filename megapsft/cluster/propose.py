@@ -25,9 +25,10 @@ def propose(config: Config, hf: HFConfig, machines: Machines, count: int) -> lis
     virtual stages that suit it best. All shard the optimizer and overlap its traffic as far as the reference allows.
     """
     best: dict[tuple[int, ...], Estimate] = {}
-    for parallel in candidates(config, hf, machines):
+    phase = phases(config)[-1]
+    for parallel in candidates(config, hf, machines, compares=bool(reference_needs(phase.objective))):
         try:
-            found = estimate(dataclasses.replace(config, parallel=parallel), hf, machines)
+            found = estimate(dataclasses.replace(config, parallel=parallel), hf, machines, phase=phase)
         except Refused:  # not a split of this model or of so many GPUs
             continue
         mesh = found.mesh
@@ -37,11 +38,14 @@ def propose(config: Config, hf: HFConfig, machines: Machines, count: int) -> lis
     return sorted(best.values(), key=lambda one: one.time.total)[:count]
 
 
-def candidates(config: Config, hf: HFConfig, machines: Machines) -> Iterator[ParallelConfig]:
-    """Sizes that divide the model; tensor parallelism within a machine."""
+def candidates(config: Config, hf: HFConfig, machines: Machines, compares: bool) -> Iterator[ParallelConfig]:
+    """Sizes that divide the model; tensor parallelism within a machine.
+
+    Args:
+        compares: whether the objective has a reference.
+    """
     stages = [pp for pp in divisors(hf.num_hidden_layers) if pp <= MOST_STAGES]
     experts = [ep for ep in divisors(hf.num_experts or 1) if ep <= MOST_EXPERT_RANKS]
-    compares = bool(reference_needs(phases(config)[-1].objective))
     swaps = compares and config.reference.placement == "swap"  # exchanges weights that might still be gathered
     for tp in (tp for tp in divisors(machines.gpus_per_node) if hf.num_key_value_heads % tp == 0):
         for pp in stages:

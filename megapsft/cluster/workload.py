@@ -8,7 +8,7 @@ from megapsft.config import Config
 from megapsft.errors import Refused
 from megapsft.objectives._mixture import Mixture
 from megapsft.parallel import Mesh
-from megapsft.train.phases import Phase, has_old_policy, phases, reference_needs
+from megapsft.train.phases import Phase, has_old_policy, reference_needs
 from megapsft.types import Objective
 
 ASSUMED = "every sample is as long as data.max_length, and packs have no padding"
@@ -39,14 +39,13 @@ class Workload:
         return self.phase.objective.critic
 
 
-def workload(config: Config, mesh: Mesh) -> Workload:
-    """The work of a step of `config` under `mesh`.
+def workload(config: Config, mesh: Mesh, phase: Phase) -> Workload:
+    """The work of a step of `phase` under `mesh`.
 
     Raises:
         Refused: an update has fewer samples than there are data-parallel ranks.
     """
     train, data = config.train, config.data
-    phase = phases(config)[-1]
     objective = phase.objective
     rows = train.minibatch_size or train.batch_size
     samples, updates = rows * samples_a_row(config, objective), train.batch_size // rows
