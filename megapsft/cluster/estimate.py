@@ -142,32 +142,33 @@ class _Step:
     execution: Execution
 
     def take(self) -> tuple[StepTime, list[Traffic]]:
-        config, mesh, work, gpu = self.config, self.mesh, self.work, self.machines.gpu
+        mesh, work = self.mesh, self.work
         forward, backward = self._passes(head=True)
-        value_forward, value_backward = self._passes(head=False)
         exchanged = self._exchanged()
-        inner = sum(one.seconds * (1 - self._hidden(one)) for one in exchanged)
-        again = config.parallel.recompute_granularity == "full"
+        one_way = sum(one.seconds * (1 - self._hidden(one)) for one in exchanged)
+        both_ways = sum(one.seconds * (1 - self._hidden(one)) * self._ways(one) for one in exchanged)
         waits = (mesh.pp - 1) / mesh.vpp
-        training, inference = forward + backward + (2 + again) * inner, forward + inner
         reduced, update = self._reduced(forward, backward), self._optimizer()
-        a_pass = (work.microbatches + waits) * inference
-        updates = work.updates * (1 + work.critic)
-        critic = value_forward + value_backward + (2 + again) * inner
-        critic_passes = (work.microbatches + waits) * (critic + value_forward + inner) + reduced + update
+        a_pass = (work.microbatches + waits) * (forward + one_way)
         time = StepTime(
             compute=work.updates * work.microbatches * (forward + backward),
-            communication=work.updates * work.microbatches * (2 + again) * inner,
-            bubble=work.updates * waits * training,
+            communication=work.updates * work.microbatches * both_ways,
+            bubble=work.updates * waits * (forward + backward + both_ways),
             gradients=work.updates * reduced,
             optimizer=work.updates * update,
             old_policy=work.old_passes * a_pass,
             reference=work.reference_passes * (a_pass + self._swap()),
-            critic=work.updates * critic_passes if work.critic else 0.0,
-            rollouts=generation_seconds(config, self.hf, mesh, work, gpu),
+            critic=work.updates * self._critic(waits, one_way, both_ways, reduced + update) if work.critic else 0.0,
+            rollouts=generation_seconds(self.config, self.hf, mesh, work, self.machines.gpu),
         )
-        passes = work.microbatches * (updates * (2 + again) + work.old_passes + work.reference_passes)
-        return time, [_times(one, passes) for one in exchanged] + [_times(one, updates) for one in self._of_update()]
+        updates, without = work.updates * (1 + work.critic), work.old_passes + work.reference_passes + work.updates * work.critic
+        inside = [_times(one, work.microbatches * (updates * self._ways(one) + without)) for one in exchanged]
+        return time, inside + [_times(one, updates) for one in self._of_update()]
+
+    def _critic(self, waits: float, one_way: float, both_ways: float, after: float) -> float:
+        """Seconds of an update of the value function, and of the pass before it that gives values."""
+        forward, backward = self._passes(head=False)
+        return (self.work.microbatches + waits) * (forward + one_way + forward + backward + both_ways) + after
 
     def _passes(self, head: bool) -> tuple[float, float]:
         """Seconds of the slowest stage for the forward and the backward pass of a microbatch."""
@@ -196,6 +197,13 @@ class _Step:
         if one.purpose == "experts":
             return self.execution.hidden_dispatch
         return float(one.purpose == "pipeline" and self.mesh.overlap_p2p_comm)
+
+    def _ways(self, one: Traffic) -> int:
+        """How often it is sent in training: forward, backward, and where the forward pass is done again."""
+        parallel = self.config.parallel
+        full = parallel.recompute_granularity == "full" and one.purpose != "pipeline"
+        experts = parallel.recompute_granularity == "selective" and "moe" in parallel.recompute_modules
+        return 3 if full or (experts and one.purpose.startswith("expert")) else 2
 
     def _of_update(self) -> list[Traffic]:
         parallel, divisible_by = self.config.parallel, self.config.model.make_vocab_size_divisible_by
