@@ -14,7 +14,7 @@ GIB = 2**30
 class GPU:
     """Dense peaks, without sparsity; bandwidths in one direction."""
 
-    memory: float  # bytes that a process can allocate
+    memory: float  # bytes, as the driver reports them, or the least that is sold
     bf16: float  # FLOP a second
     fp8: float | None  # FLOP a second; None: it has none
     hbm: float  # bytes a second
@@ -38,7 +38,7 @@ GPUS = {
         source="NVIDIA H200 datasheet, SXM; DGX H200 datasheet: 8 x 400 Gb/s",
     ),
     "b200": GPU(
-        memory=178 * GIB, bf16=2250 * TFLOPS, fp8=4500 * TFLOPS, hbm=8 * TB, nvlink=900 * GB, network=50 * GB, host=50 * GB,
+        memory=167 * GIB, bf16=2250 * TFLOPS, fp8=4500 * TFLOPS, hbm=8 * TB, nvlink=900 * GB, network=50 * GB, host=50 * GB,
         source="NVIDIA DGX B200 datasheet, an eighth of it: 8 x 400 Gb/s",
     ),
 }  # fmt: skip

@@ -12,6 +12,7 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
+from megapsft.checkpoint.random_init import init_model
 from megapsft.cluster.memory import Held, held
 from megapsft.cluster.sizes import of_stage
 from megapsft.config import load_config
@@ -59,6 +60,15 @@ def test_what_is_planned_is_what_ranks_allocate(family, dtype, world, split, tin
             assert getattr(found, kind) == pytest.approx(expected, rel=0.01), f"{kind} of stage {stage}"
         if not split.get("zero1"):  # no padding: to the byte
             assert found == planned
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_tied_embeddings_are_on_the_first_stage_and_on_the_last(stages, tiny_data, tmp_path):
+    sizes = dict(vocab_size=307, hidden_size=64, head_dim=24, intermediate_size=128)
+    model = init_model(family="qwen3", data_path=tiny_data, out_dir=tmp_path / "tied", tie_word_embeddings=True, seed=1, **sizes)
+    here = [f"model.path={model}", f"data.path={tiny_data}", f"{NAMES['pp']}={stages}"]
+    for _, found, planned in run_ranks(stages, _allocate, here):
+        assert found == planned
 
 
 def _allocate(options: list[str]) -> tuple[int, Held, Held]:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from pathlib import Path
 
 import pytest
 
 from megapsft.checkpoint.hf import read_config
+from megapsft.cluster import efficiency
 from megapsft.cluster.efficiency import Execution
 from megapsft.cluster.estimate import estimate
 from megapsft.cluster.hardware import GPUS, Machines
 from megapsft.config import load_config
 from megapsft.models.families import parameter_count
+from megapsft.models.hf_config import HFConfig
 from tests.shipped import FOLDER
 
 TOLERANCE = 0.25
@@ -34,7 +35,7 @@ EP16 = ["parallel.expert_model_parallel_size=16"]
 class Published:
     run: str
     tokens: float  # a second and GPU
-    hf: object
+    hf: HFConfig
     nodes: int
     length: int
     batch: int  # samples
@@ -76,11 +77,8 @@ def test_the_docs_say_what_is_planned_and_what_was_published(run):
 
 
 def test_the_table_of_the_docs_is_that_of_the_code():
-    from megapsft.cluster import efficiency
-
-    text = Path(DOCS).read_text()
     for name in ("LINEAR", "ATTENTION", "EXPERTS", "HBM", "LINK"):
-        assert re.search(rf"\| `{name}` \| {getattr(efficiency, name):.0%} \|", text), name
+        assert re.search(rf"\| `{name}` \| {getattr(efficiency, name):.0%} \|", DOCS.read_text()), name
 
 
 @pytest.mark.parametrize(
