@@ -49,8 +49,10 @@ def workload(config: Config, mesh: Mesh, phase: Phase) -> Workload:
     objective = phase.objective
     rows = train.minibatch_size or train.batch_size
     samples, updates = rows * samples_a_row(config, objective), train.batch_size // rows
-    _check_ranks(config, mesh, samples)
-    capacity = max(data.pack_length, data.max_length) if data.packing else data.micro_batch_size * data.max_length
+    together = 2 if data.kind == "preferences" else 1  # the sides of a pair share a microbatch
+    _check_ranks(mesh, samples // together)
+    longest = together * data.max_length
+    capacity = max(data.pack_length, longest) if data.packing else data.micro_batch_size * data.max_length
     microbatches = -(-samples * data.max_length // (capacity * mesh.dp))
     if mesh.vpp > 1:  # Megatron's interleaved schedule
         microbatches = -(-microbatches // mesh.pp) * mesh.pp
@@ -60,7 +62,7 @@ def workload(config: Config, mesh: Mesh, phase: Phase) -> Workload:
         updates=updates,
         samples=samples,
         length=data.max_length,
-        positions=max(even, data.max_length),
+        positions=max(even, longest),
         microbatches=microbatches,
         old_passes=updates - 1 if has_old_policy(objective) else 0,
         reference_passes=updates if reference_needs(objective) else 0,
@@ -81,12 +83,12 @@ def samples_a_row(config: Config, objective: Objective) -> int:
     return config.rollout.n + isinstance(objective, Mixture)
 
 
-def _check_ranks(config: Config, mesh: Mesh, samples: int) -> None:
+def _check_ranks(mesh: Mesh, samples: int) -> None:
     if mesh.dp > samples:
         wider = -(-mesh.dp // samples)
         raise Refused(
             f"world size {mesh.world_size}",
-            f"has {mesh.dp} data-parallel ranks for the {samples} samples of an update: the others would compute padding",
+            f"has {mesh.dp} data-parallel ranks for the {samples} samples (or pairs) of an update: the others would be idle",
             f"use {mesh.world_size // wider} GPUs, or spread samples over {wider} times as many ranks "
             f"(parallel.context_parallel_size={mesh.cp * wider}), or a larger train.minibatch_size",
         )

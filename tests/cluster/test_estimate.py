@@ -49,7 +49,8 @@ def plan(*options: str, hf=DENSE, **where) -> Estimate:
         (DENSE, [f"{CP}=3"], "must be a multiple of", "start 3 processes"),
         (MOE, [f"{P}sequence_parallel=true"], "needs tensor_model_parallel_size > 1", "set sequence_parallel=false"),
         (DENSE, ["train.batch_size=256", "train.minibatch_size=100"], "must divide train.batch_size=256", "use 128"),
-        (DENSE, ["train.batch_size=4"], "the others would compute padding", f"use 4 GPUs.*{CP}=2"),
+        (DENSE, ["train.batch_size=4"], "the others would be idle", f"use 4 GPUs.*{CP}=2"),
+        (DENSE, ["objective.name=dpo", "data.kind=preferences", "train.batch_size=4"], "for the 4 samples", "use 4 GPUs"),
         (DENSE, ["data.max_length=65536"], "exceeds max_position_embeddings=32768", "use data.max_length=32768 or less"),
     ],
 )
