@@ -15,6 +15,8 @@ from megapsft.rollout.sglang.router import servers_behind
 from megapsft.rollout.sglang.server import find_python, free_port
 from tests.rollout.sglang.servers import answered_once, engine_of, requests, weights
 
+pytestmark = pytest.mark.servers
+
 
 def workers(url: str) -> list:
     try:
