@@ -37,7 +37,8 @@ sglang: .venv-sglang/.installed
 .PHONY: test
 test: venv sglang
 	$(PY) -m ruff check .
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile -m "not servers"
+	$(PY) -m pytest -m servers
 
 ## test-long   the shipped configs on real rows: make test-long GSM8K=gsm8k-train.jsonl (without it, on generated ones)
 .PHONY: test-long

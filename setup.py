@@ -31,9 +31,11 @@ extras = {
     # the head's kernels in Triton's interpreter, without a GPU; that interpreter (3.6) fails with numpy 2.4's integers. On a GPU
     # torch brings its own triton
     "kernels": ["triton; sys_platform == 'linux'", "numpy<2.4"],
-    "dev": ["ruff", "pytest", "pytest-timeout"],
+    "harness": ["lm-eval>=0.4.9"],  # tasks of lm-evaluation-harness: megapsft evaluate --lm-eval
+    "dev": ["ruff", "pytest", "pytest-timeout", "pytest-xdist"],
 }
-extras["laptop"] = sorted({p for name in ("data", "track", "report", "bench", "math", "kernels", "dev") for p in extras[name]})
+laptop = ("data", "track", "report", "bench", "math", "harness", "kernels", "dev")
+extras["laptop"] = sorted({package for name in laptop for package in extras[name]})
 
 setup(
     name="megapsft",

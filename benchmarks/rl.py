@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -72,7 +73,7 @@ def warm_start(work: Path, data: Path) -> Path:
     """A model after PSFT, which answers some of the problems right."""
     tiny, run, out = work / "tiny", work / "psft", work / "warm"
     if not tiny.exists():
-        sizes = ["--vocab-size=320", "--hidden-size=128", "--num-layers=3", "--head-dim=32", "--intermediate-size=384"]
+        sizes = ["--vocab-size=512", "--hidden-size=128", "--num-layers=3", "--head-dim=32", "--intermediate-size=384"]
         _megapsft("init-model", "--family", "qwen3", "--data", str(data), *sizes, "--out", str(tiny))
     if not out.exists():
         config = str(ROOT / "configs/psft/tiny-qwen3-arithmetic.yaml")
@@ -116,7 +117,8 @@ def table(figures: dict[str, dict]) -> Table:
 
 def _megapsft(*arguments: str) -> None:
     print("megapsft " + " ".join(arguments), flush=True)
-    subprocess.run([sys.executable, "-m", "megapsft.cli", *arguments], check=True)
+    one_thread = {"OMP_NUM_THREADS": "1"}  # trainer and server share the cores: threads that wait for each other lose more
+    subprocess.run([sys.executable, "-m", "megapsft.cli", *arguments], check=True, env=one_thread | os.environ)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ class RolloutConfig:
     top_p: PositiveFloat = 1.0  # 1.0: all tokens
     top_k: int = -1  # -1: all tokens
     max_batch_size: PositiveInt = 64  # inprocess: responses at once on each model-parallel group: bounds keys and values
-    urls: tuple[str, ...] = ()  # sglang: servers that run already; default: `servers` of them are started here
+    urls: tuple[str, ...] = ()  # sglang: servers that run already, or their router; default: `servers` of them are started here
     servers: PositiveInt = 1  # sglang: started on this machine, one after another port
     tensor_parallel_size: PositiveInt = 1  # sglang: of each server that is started
     port: NonNegativeInt = 0  # sglang: of the first server that is started; 0: any that is free

@@ -6,8 +6,10 @@ Each call makes fresh processes, a fresh process group (gloo) and fresh Megatron
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pickle
+import random
 import signal
 import socket
 import sys
@@ -19,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads of OpenMP do not survive a fork
+_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4
+_ports = itertools.cycle(random.Random().sample(range(10000 + 2000 * _worker, 12000 + 2000 * _worker), 2000))
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, seconds: float = 300) -> list[Any]:
@@ -94,6 +98,10 @@ def _wait(children: dict[int, int], deadline: float) -> tuple[int, str] | None:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Each worker of pytest has ports of its own, below those of outgoing connections, one of which may be made at any time."""
+    for port in _ports:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no port is free")

@@ -19,7 +19,8 @@ from megapsft.config import Config, flatten, load_config
 from megapsft.data.arithmetic import preferences, read_problems, rollouts, write_jsonl
 from megapsft.metrics.names import METRICS
 from megapsft.train.phases import phases
-from tests.shipped import CONFIGS
+from tests.command import megapsft
+from tests.shipped import TINY
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -45,7 +46,7 @@ RUN = {  # every command that is run, in this order, and what is put behind it t
     "megapsft make-data --kind rollouts --from gsm8k-train.jsonl --out rollouts.jsonl": "",
     "megapsft train configs/grpo/tiny-qwen3-rollouts.yaml data.path=rollouts.jsonl": "train.batch_size=4 train.steps=1",
     "megapsft make-data --level easy --count 8000 --out arithmetic.jsonl": "",
-    "megapsft init-model --family qwen3 --data arithmetic.jsonl --vocab-size 320 --hidden-size 128 "
+    "megapsft init-model --family qwen3 --data arithmetic.jsonl --vocab-size 512 --hidden-size 128 "
     "--num-layers 3 --head-dim 32 --intermediate-size 384 --out models/easy": "",
     "megapsft train configs/psft/tiny-qwen3-arithmetic.yaml model.path=models/easy": "train.sft_warmup_steps=2 train.steps=1",
     "megapsft export runs/psft-tiny-qwen3-arithmetic --out models/arithmetic": "",
@@ -54,6 +55,7 @@ RUN = {  # every command that is run, in this order, and what is put behind it t
     "--out evaluations/before": "",
     "megapsft rollout --model models/arithmetic --data arithmetic.jsonl --limit 100 --n 4 --max-tokens 24 "
     "--out rollouts-of-mine.jsonl": "",
+    "megapsft plan configs/psft/qwen3-30b-a3b.yaml --nodes 4 --gpus-per-node 8 --gpu h100": "",
     PSFT.replace("train", "probe", 1): "train.batch_size=8 train.minibatch_size=4",
     "python -m tests.oracles tests/oracles/vectors.json": "",
     "python -m tests.invariants": "--kind dense --split 'microbatches of 2'",
@@ -105,6 +107,21 @@ def test_the_commands_of_the_readme_run(tiny_data, tmp_path):
     assert {key for key in records[-1] if "/" not in key} == {"update", "step", "phase", "objective"}
 
 
+def test_the_commands_of_planning_run(tmp_path):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    lines = commands((ROOT / "docs/planning.md").read_text())
+    assert len(lines) == 3
+    for line in lines:
+        done = megapsft(*line.split()[1:], cwd=tmp_path)
+        assert done.returncode == 0, f"$ {line}\n{done.stdout}\n{done.stderr}"
+        assert re.search(r"fits: [\d.]+ of [\d.]+ GiB; .* tokens/s", done.stdout)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["fits"]
+    assert plan["mesh"]["world_size"] == 16
+    assert plan["peak_bytes"] == max(stage["total"] for stage in plan["stages"])
+    assert all(one["overrides"] and one["fits"] for one in plan["proposals"])
+
+
 def test_make_has_the_targets_that_are_named():
     text = "\n".join(page.read_text() for page in PAGES)
     named = set(re.findall(r"^make ([a-z]+)", text, re.M)) | set(re.findall(r"`make ([a-z]+)", text))
@@ -146,7 +163,7 @@ def rows(tiny_data, tmp_path_factory):
     return kinds | {"demonstrations": tiny_data}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", TINY, ids=lambda path: str(path.relative_to(ROOT)))
 def test_shipped_configs_are_ready_to_run(path, rows, tiny_models, tmp_path, capsys):
     family = "qwen3_moe" if "moe" in path.stem or path.stem == "quickstart" else "qwen3"
     config = load_config(path)

@@ -140,7 +140,7 @@ def _before(text: str, until: Sequence[str]) -> str:
 def need_lm_eval() -> None:
     """Refuse where the harness is not installed."""
     if find_spec("lm_eval") is None:
-        raise Refused("--lm-eval", "needs lm-evaluation-harness, which is not installed", "pip install lm-eval")
+        raise Refused("--lm-eval", "needs lm-evaluation-harness, which is not installed", "pip install 'megapsft[harness]'")
 
 
 def run_task(path: Path, answers: Answers, *, limit: int | None = None, chat: bool = True) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import yaml
 
 from megapsft.checkpoint.dist import check_architecture, latest, read_state, shape_of
 from megapsft.checkpoint.hf import check_checkpoint, read_config
-from megapsft.config import Config, CriticConfig, ReferenceConfig, flatten, load_config, to_dict
+from megapsft.config import Config, CriticConfig, ReferenceConfig, TrainConfig, flatten, load_config, to_dict
 from megapsft.data.chat_template import ChatTemplate
 from megapsft.data.dataset import Dataset
 from megapsft.data.plan import Layout, Plan, plan_update
@@ -146,13 +146,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         remedy = "use one of " + ", ".join(METRICS)
         raise Refused(f"checkpoint.best_metric={config.checkpoint.best_metric}", "is not a metric", remedy)
     train = config.train
-    minibatch = train.minibatch_size or train.batch_size
-    if train.batch_size % minibatch:
-        raise Refused(
-            f"train.minibatch_size={minibatch}",
-            f"must divide train.batch_size={train.batch_size}",
-            f"use {_nearest_divisor(train.batch_size, minibatch)}",
-        )
+    check_minibatch(train)
     all_phases = phases(config)
     config = _with_all_options(config)
     hf = read_config(config.model.path)
@@ -189,6 +183,17 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         check_architecture(plan.checkpoint, read_state(plan.checkpoint), hf)
         _check_continues(plan)
     return _with_notes(plan)
+
+
+def check_minibatch(train: TrainConfig) -> None:
+    """Refuse a minibatch that does not divide the batch of a step."""
+    minibatch = train.minibatch_size or train.batch_size
+    if train.batch_size % minibatch:
+        raise Refused(
+            f"train.minibatch_size={minibatch}",
+            f"must divide train.batch_size={train.batch_size}",
+            f"use {_nearest_divisor(train.batch_size, minibatch)}",
+        )
 
 
 def _check_other_models(config: Config, all_phases: Sequence[Phase], hf: HFConfig) -> None:

@@ -58,6 +58,7 @@ class Progressed:
     trained_tokens: int = 0
     drawn: int = 0  # of the stream of prompts, where responses to them are sampled
     waiting: list[int] = field(default_factory=list)  # draws that were aborted, and come first in the next step
+    held: list[int] = field(default_factory=list)  # draws whose demonstrations wait in rollout.demonstration_buffer
 
 
 class Evaluation(Protocol):
@@ -175,6 +176,8 @@ class Run:
         reports, self.reports = self.reports, []
         self.heart.end()
         self.done.step = step + 1
+        if self.progress:
+            self.progress.update(self.progress.task_ids[0], completed=step + 1)
         for name, value in self.source.state().items():
             setattr(self.done, name, value)
         if not reports:
@@ -286,9 +289,7 @@ class Run:
         )
         if "reward/mean" in metrics:
             text = f"reward {metrics['reward/mean']:.3f}  {text}"
-        self.progress.update(
-            self.progress.task_ids[0], completed=self.done.update, description=phase.objective_name, text=text
-        )
+        self.progress.update(self.progress.task_ids[0], description=phase.objective_name, text=text)
 
 
 def start(plan: RunPlan, evaluation: Evaluation | None = None, signalled: Callable[[], bool] = lambda: False) -> Run:
@@ -443,7 +444,7 @@ def _open_progress(plan: RunPlan, done: Progressed) -> Progress:
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
-    progress.add_task("", total=plan.steps * plan.updates_per_step, completed=done.update, text="")
+    progress.add_task("", total=plan.steps, completed=done.step, text="")
     progress.start()
     return progress
 

@@ -117,12 +117,12 @@ def test_a_split_samples_and_learns_the_same(family, ranks, split, train, half_k
 
 @pytest.mark.parametrize("path", [FOLDER / name for name in RESUMED], ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_resumed_run_is_the_undisturbed_one(path, train, half_knowing):
-    options = ["checkpoint.interval=2", *(["rollout.demonstration_buffer=3"] if "relift" in path.stem else [])]
+    options = ["checkpoint.interval=2", *(["rollout.demonstration_buffer=4"] if "relift" in path.stem else [])]
     undisturbed = train("", half_knowing(), "undisturbed", "train.steps=4", *options, config=path)
     train("", half_knowing(), "resumed", "train.steps=2", *options, config=path)
     resumed = train("", half_knowing(), "resumed", "train.steps=4", *options, config=path)
     assert without_times(resumed) == without_times(undisturbed)
-    assert ("relift" in path.stem) == any(step["rollout/held_demonstrations"] for step in resumed)
+    assert ("relift" in path.stem) == (undisturbed[1]["rollout/held_demonstrations"] > 0)  # something waits in the checkpoint
 
 
 @pytest.mark.parametrize("path", PROMPTS, ids=lambda path: f"{path.parent.name}-{path.stem}")

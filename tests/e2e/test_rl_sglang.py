@@ -13,6 +13,8 @@ from tests.e2e.test_rl import QUIET, half_knowing, sums, train  # noqa: F401  fi
 from tests.ranks import run_ranks
 from tests.shipped import FOLDER
 
+pytestmark = pytest.mark.servers
+
 SGLANG = ["rollout.engine=sglang", "rollout.server_args=[--max-total-tokens, '4096']", "train.steps=3"]
 
 

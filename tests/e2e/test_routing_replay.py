@@ -29,6 +29,8 @@ from tests.invariants.compare import perturbed
 from tests.ranks import run_ranks
 from tests.shipped import FOLDER
 
+pytestmark = pytest.mark.servers
+
 CONFIG = FOLDER / "grpo/tiny-qwen3-arithmetic.yaml"
 REPLAY = "model.moe_routing_replay=rollout"
 

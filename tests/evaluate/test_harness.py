@@ -1,5 +1,6 @@
-"""What lm-evaluation-harness is answered, against transformers. Not here: the harness itself, which is no dependency."""
+"""What lm-evaluation-harness is answered, and what it makes of it, offline, against transformers."""
 
+import json
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from megapsft.errors import Refused
 from megapsft.evaluate.engine import Opened, open_engine
 from megapsft.evaluate.harness import Answers
 from megapsft.rollout.base import Rollout
+from tests.command import megapsft
 from tests.ranks import run_ranks
 
 CONTEXT = "Ann has 3 pencils and buys 4 more."
@@ -83,6 +85,49 @@ class Fixed:
     def generate(self, requests, sampling, enough=None):
         return [Rollout(prompt_ids=r.prompt_ids, response_ids=(9,), rollout_logprobs=(0.0,), finish_reason="length",
                         weight_version=0) for r in requests]  # fmt: skip
+
+
+TASK = """\
+task: sums
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{label}}}}"
+doc_to_choice: "{{{{choices}}}}"
+metric_list: [{{metric: acc}}]
+"""
+
+
+def test_a_task_from_a_local_file(tiny_models, tmp_path):
+    model_dir, numbers = tiny_models("qwen3"), list(range(12))
+    rows = [
+        {"question": f"What is {n} + 3?", "choices": [str(n + 3), str(n + 5), str(n)], "label": n % 3} for n in numbers
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "task.yaml").write_text(TASK.format(rows=tmp_path / "rows.jsonl"))
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    command = ["evaluate", "--model", str(model_dir), "--lm-eval", str(tmp_path / "task.yaml"), "--out", str(tmp_path / "out")]
+    done = megapsft(*command, "--limit", "10", **offline)
+    assert done.returncode == 0, done.stderr
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    template = ChatTemplate.load(model_dir)
+    right = 0
+    for row in rows[:10]:
+        turn = [{"role": "user", "content": row["question"]}]
+        context = template.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        scores = []
+        for choice in row["choices"]:
+            before, both = ids(template, context), ids(template, context + choice)
+            with torch.no_grad():
+                logprobs = model(torch.tensor([both])).logits[0].log_softmax(-1)
+            scores.append(sum(logprobs[at - 1, both[at]].item() for at in range(len(before), len(both))))
+        right += scores.index(max(scores)) == row["label"]
+    found = json.loads((tmp_path / "out/lm-eval-task.json").read_text())
+    assert found["acc,none"] == pytest.approx(right / 10)
+    assert "acc,none" in done.stdout
 
 
 def test_what_an_engine_cannot_say_is_refused(tiny_models):

@@ -28,6 +28,7 @@ from megapsft.errors import Refused
 from megapsft.rollout.base import Request, Rollout, Sampling
 from megapsft.rollout.sglang.client import Rejected, Unanswered, checked_url, generate, on_loopback
 from megapsft.rollout.sglang.pool import Member, Pool, Update
+from megapsft.rollout.sglang.router import servers_behind
 from megapsft.rollout.sglang.server import Server, find_python
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class SGLang:
         self._pool: Pool | None = None
         if not first:
             return
-        urls = [checked_url(url) for url in config.urls]
+        urls = list(dict.fromkeys(server for url in config.urls for server in servers_behind(checked_url(url))))
         if config.weight_update == "tensor" and not all(map(on_loopback, urls)):
             rule = "goes through memory of this host, and another host is in rollout.urls"
             raise Refused("rollout.weight_update=tensor", rule, "use distributed, or disk on a shared file system")

@@ -20,6 +20,8 @@ from tests.policy.test_generate import build
 from tests.ranks import run_ranks
 from tests.rollout.sglang.servers import engine_of
 
+pytestmark = pytest.mark.servers
+
 STOPS = tuple(range(0, 307, 9))
 SAMPLING = Sampling(temperature=0.8, max_tokens=16, stop_token_ids=STOPS, seed=5)
 PROMPTS = ((5, 6, 7), (8,), tuple(range(40, 60)))

@@ -6,9 +6,13 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from megapsft.data.arithmetic import generate, write_jsonl
 from tests.command import ROOT, megapsft
 from tests.rollout.sglang.servers import Proxy
+
+pytestmark = pytest.mark.servers
 
 PROBLEMS, N = 10, 4
 

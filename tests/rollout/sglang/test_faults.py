@@ -5,6 +5,8 @@ import pytest
 from megapsft.rollout.base import Sampling
 from tests.rollout.sglang.servers import Proxy, answered_once, engine_of, requests, weights
 
+pytestmark = pytest.mark.servers
+
 ON_ONE = {  # what one of two servers does to a request; the other is well
     "500s": lambda path, count, body: 500 if path == "/generate" else None,
     "some 500s": lambda path, count, body: 500 if path == "/generate" and count % 2 == 0 else None,

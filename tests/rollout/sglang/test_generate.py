@@ -4,12 +4,15 @@ import json
 import shutil
 import tempfile
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from megapsft.rollout.base import Request, Sampling
 from tests.rollout.sglang.servers import Proxy, answered_once, engine_of, requests, weights
+
+pytestmark = pytest.mark.servers
 
 TOLERANCE = 2e-5  # fp32 on both sides, sums in another order
 

@@ -19,6 +19,8 @@ from megapsft.rollout.base import Sampling
 from megapsft.rollout.sglang.server import free_port
 from tests.rollout.sglang.servers import answered_once, engine_of, requests, weights
 
+pytestmark = pytest.mark.servers
+
 
 def scheduler_of(pid):
     children = psutil.Process(pid).children(recursive=True)

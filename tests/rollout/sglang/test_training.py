@@ -12,6 +12,8 @@ from tests.command import megapsft
 from tests.rollout.sglang.servers import Proxy
 from tests.shipped import FOLDER
 
+pytestmark = pytest.mark.servers
+
 STEPS, GROUPS, N = 4, 4, 2
 REWARD = """\
 import time

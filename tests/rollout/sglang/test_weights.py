@@ -11,6 +11,8 @@ from megapsft.rollout.sglang.client import Client
 from megapsft.rollout.sglang.shared_memory import allocate, payload
 from tests.rollout.sglang.servers import Proxy, answered_once, engine_of, requests, weights
 
+pytestmark = pytest.mark.servers
+
 
 @pytest.mark.parametrize("way", ["tensor", "disk", "distributed"])
 def test_three_updates(two_urls, dense, tmp_path, way):
