@@ -26,8 +26,8 @@ from megapsft.report.evaluations import draw_evaluations
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = {  # label -> overrides of configs/grpo/tiny-qwen3-arithmetic.yaml
+    "SGLang, a step ahead": ["rollout.engine=sglang", "rollout.max_weight_lag=1"],  # sampled on one core, trained on the other
     "in process": [],
-    "SGLang": ["rollout.engine=sglang"],
     "shuffled rewards (control)": [f"rewards=[{{name: {ROOT / 'benchmarks/shuffled_reward.py'}}}]"],
 }
 
@@ -43,7 +43,7 @@ def main() -> int:
     model = warm_start(options.work, data)
     figures = {}
     for label, overrides in RUNS.items():
-        run = options.work / label.split(" (")[0].replace(" ", "-").lower()
+        run = options.work / label.partition(",")[0].partition(" (")[0].replace(" ", "-").lower()
         if "rollout.engine=sglang" not in overrides:
             overrides = [*overrides, "rollout.max_batch_size=256"]
         where = [f"model.path={model}", f"data.path={data}", f"run.dir={run}", f"evaluate.data=[{test}]"]
@@ -73,7 +73,7 @@ def warm_start(work: Path, data: Path) -> Path:
     """A model after PSFT, which answers some of the problems right."""
     tiny, run, out = work / "tiny", work / "psft", work / "warm"
     if not tiny.exists():
-        sizes = ["--vocab-size=512", "--hidden-size=128", "--num-layers=3", "--head-dim=32", "--intermediate-size=384"]
+        sizes = ["--vocab-size=320", "--hidden-size=128", "--num-layers=3", "--head-dim=32", "--intermediate-size=384"]
         _megapsft("init-model", "--family", "qwen3", "--data", str(data), *sizes, "--out", str(tiny))
     if not out.exists():
         config = str(ROOT / "configs/psft/tiny-qwen3-arithmetic.yaml")

@@ -46,7 +46,7 @@ RUN = {  # every command that is run, in this order, and what is put behind it t
     "megapsft make-data --kind rollouts --from gsm8k-train.jsonl --out rollouts.jsonl": "",
     "megapsft train configs/grpo/tiny-qwen3-rollouts.yaml data.path=rollouts.jsonl": "train.batch_size=4 train.steps=1",
     "megapsft make-data --level easy --count 8000 --out arithmetic.jsonl": "",
-    "megapsft init-model --family qwen3 --data arithmetic.jsonl --vocab-size 512 --hidden-size 128 "
+    "megapsft init-model --family qwen3 --data arithmetic.jsonl --vocab-size 320 --hidden-size 128 "
     "--num-layers 3 --head-dim 32 --intermediate-size 384 --out models/easy": "",
     "megapsft train configs/psft/tiny-qwen3-arithmetic.yaml model.path=models/easy": "train.sft_warmup_steps=2 train.steps=1",
     "megapsft export runs/psft-tiny-qwen3-arithmetic --out models/arithmetic": "",
