@@ -47,7 +47,7 @@ def rollout_record(row: Any, rollout: Rollout, template: ChatTemplate, logprobs:
 
 
 def group_record(
-    row: Any, rollouts: Sequence[Rollout], scored: Sequence[Scored] | None, template: ChatTemplate, **ours: Any
+    row: Any, rollouts: Sequence[Rollout], scored: Sequence[Scored] | None, template: ChatTemplate, /, **ours: Any
 ) -> dict[str, Any]:
     """The row's own columns, then `ours`, the prompt's token ids, and the rollouts with what they are worth."""
     records = [rollout_record(row, rollout, template, logprobs=True) for rollout in rollouts]

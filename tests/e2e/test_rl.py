@@ -23,7 +23,8 @@ from tests.shipped import FOLDER, OBJECTIVES
 PROMPTS = [path for path in OBJECTIVES if load_config(path).data.kind == "prompts"]
 RESUMED = ["grpo/tiny-qwen3-arithmetic.yaml", "dapo/tiny-qwen3-arithmetic.yaml", "hpt/tiny-qwen3-arithmetic-relift.yaml"]
 QUIET = ["log.progress=false", "log.tensorboard=false"]
-FEW = ["train.batch_size=8", "train.minibatch_size=4", "rollout.n=4", "optimizer.lr=3e-4", "optimizer.lr_warmup_steps=0"]
+FEW = ["train.batch_size=8", "train.minibatch_size=4", "rollout.n=4"]
+FEW += ["optimizer.lr=3e-4", "optimizer.lr_warmup_steps=0", "optimizer.lr_decay_style=constant"]
 
 
 @pytest.fixture(scope="session")
