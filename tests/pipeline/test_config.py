@@ -97,7 +97,7 @@ def test_a_dry_run_says_what_differs_and_writes_nothing(pipeline, tmp_path, caps
     assert "-> psft -> grpo" in printed
     assert printed.count("yaml, to be trained") == 2
     assert f"model.path='{tmp_path}/run/psft/hf' (not 'models/arithmetic')" in printed
-    assert "train.steps=9 (not 60)" in printed
+    assert "train.steps=9 (not 180)" in printed
     assert "compared: sums (12 problems x 4)" in printed
     assert [file.name for file in tmp_path.iterdir()] == ["pipeline.yaml"]
 
