@@ -6,6 +6,8 @@ import sys
 START = """
 import os, signal, subprocess, sys, threading, time
 from megapsft.platform.held_signal import HeldSignal
+
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # a mask is inherited: `megapsft train` in these tests has set it
 """
 
 
