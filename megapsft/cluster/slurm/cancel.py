@@ -22,7 +22,7 @@ def cancel(run: Path) -> list[Job]:
 
 
 def stop(run: Path) -> list[Job]:
-    """Ask the run to end after the step that it is in, saved; jobs of it that wait are cancelled. Returns those that were alive."""
+    """Ask the run to end after the step that it is in, saved; jobs of it that wait are cancelled. Returns both."""
     found = _alive(run)
     waiting = [job for job in found if job.state == "PENDING"]
     if len(waiting) < len(found):

@@ -14,8 +14,8 @@ from megapsft.errors import Refused
 
 TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-OURS = ("--nodes", "--ntasks", "--ntasks-per-node", "--output", "--open-mode", "--signal", "--requeue", "--no-requeue", "--job-name")
-OURS += ("--chdir", "--array", "-N", "-n", "-o", "-J", "-D", "-a")  # fmt: skip
+OURS = {"--nodes", "--ntasks", "--ntasks-per-node", "--output", "--open-mode", "--signal", "--requeue", "--no-requeue"}
+OURS |= {"--job-name", "--chdir", "--array", "-N", "-n", "-o", "-J", "-D", "-a"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +83,11 @@ def load_cluster(path: Path | None, overrides: Sequence[str] = ()) -> ClusterCon
             raise Refused(f"options: {option}", "is set by megapsft submit", "leave it out")
     for name, value in cluster.environment.items():
         if not VARIABLE.fullmatch(name) or "\n" in value:
-            raise Refused(f"environment: {name}={value!r}", "is no variable of a shell", "use letters, digits and _, and one line")
+            remedy = "use letters, digits and _, and one line"
+            raise Refused(f"environment: {name}={value!r}", "is no variable of a shell", remedy)
     if cluster.mounts and not cluster.container:
-        raise Refused(f"mounts={list(cluster.mounts)}", "are of a container, and there is none", "name container, or leave them out")
+        rule = "are of a container, and there is none"
+        raise Refused(f"mounts={list(cluster.mounts)}", rule, "name container, or leave them out")
     if cluster.ranks_per_node and cluster.gpus_per_node and cluster.ranks_per_node > cluster.gpus_per_node:
         rule = f"is more than gpus_per_node={cluster.gpus_per_node}"
         raise Refused(f"ranks_per_node={cluster.ranks_per_node}", rule, "leave it out: one rank a GPU")

@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -92,9 +92,6 @@ class Script:
         lines += ["", 'source "$MEGAPSFT_HOME/launchers/slurm/job.sh"']
         return "\n".join([*lines, shlex.join([self.function, *self.arguments]), ""])
 
-    def in_folder(self, run: Path) -> Script:
-        return replace(self, run=run)
-
 
 def _quoted(option: str) -> str:
     """For a line of #SBATCH, which is split at spaces as a shell would."""
@@ -109,11 +106,12 @@ def lint(script: str) -> list[str]:
         Refused: one of them found something, in its words.
     """
     used = []
-    for name, command in (("bash", ["bash", "-n"]), ("shellcheck", ["shellcheck", "--severity=warning", "--exclude=SC1091", "-"])):
-        if shutil.which(name) is None:
+    for command in (["bash", "-n"], ["shellcheck", "--severity=warning", "--exclude=SC1091", "-"]):
+        if shutil.which(command[0]) is None:
             continue
         done = subprocess.run(command, input=script, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
         if done.returncode:
-            raise Refused("the rendered script", f"is not right: {done.stdout}{done.stderr}".strip(), "report it, with the command")
-        used.append(" ".join(command[:2]) if name == "bash" else name)
+            said = f"{command[0]} says: {done.stdout}{done.stderr}".strip()
+            raise Refused("the rendered script", said, "correct what stands in the cluster's file, or report it")
+        used.append(command[0])
     return used

@@ -89,7 +89,9 @@ def status(run: Path) -> Status:
 def _job(record: records.Record) -> Job:
     """What Slurm says; numbers come again where a cluster is set up anew, and then the name is another."""
     job = client.find(record.job)
-    return job if not (record.name and job.name) or job.name == record.name else Job(id=record.job, state="GONE", name=record.name)
+    if record.name and job.name and job.name != record.name:
+        return Job(id=record.job, state="GONE", reason="its number is another job's now", name=record.name)
+    return job
 
 
 def job_table(found: Status) -> Table:
@@ -114,7 +116,8 @@ def progress_lines(found: Status) -> list[str]:
             lines[0] += f", {now.seconds:.2f} s each" + (f", {_duration(left)} left" if left > 0 else "")
         if now.last is not None:
             shown = ("train/loss", "objective/clip_fraction", "policy/entropy", "reward/mean", "perf/tokens_per_second")
-            lines.append("last step: " + ", ".join(f"{key} {now.last[key]:.4g}" for key in shown if now.last.get(key) is not None))
+            values = [f"{key} {now.last[key]:.4g}" for key in shown if now.last.get(key) is not None]
+            lines.append("last step: " + ", ".join(values))
         if now.checkpoint:
             lines.append(f"checkpoint: {now.checkpoint}")
     if now.stopped:
