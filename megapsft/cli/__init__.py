@@ -6,12 +6,14 @@ import sys
 
 import tyro
 
+from megapsft.cli.cancel import cancel
 from megapsft.cli.config import config
 from megapsft.cli.convert import CONVERT, convert
 from megapsft.cli.curves import curves
 from megapsft.cli.evaluate import evaluate
 from megapsft.cli.export import export
 from megapsft.cli.init_model import init_model
+from megapsft.cli.logs import logs
 from megapsft.cli.make_data import make_data
 from megapsft.cli.overrides import take_overrides
 from megapsft.cli.pipeline import pipeline
@@ -19,6 +21,9 @@ from megapsft.cli.plan import plan
 from megapsft.cli.printed import complain
 from megapsft.cli.probe import probe
 from megapsft.cli.rollout import rollout
+from megapsft.cli.serve import serve
+from megapsft.cli.status import status
+from megapsft.cli.submit import submit
 from megapsft.cli.train import train
 from megapsft.cli.world import is_first
 from megapsft.errors import Refused
@@ -38,8 +43,13 @@ COMMANDS = {
     "curves": curves,
     "rollout": rollout,
     "evaluate": evaluate,
+    "serve": serve,
+    "submit": submit,
+    "status": status,
+    "logs": logs,
+    "cancel": cancel,
 }
-WITH_OVERRIDES = ("train", "pipeline", "probe", "config", "plan")
+WITH_OVERRIDES = ("train", "pipeline", "probe", "config", "plan", "serve", "submit")
 
 
 def main(arguments: list[str] | None = None) -> int:
