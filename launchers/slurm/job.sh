@@ -120,7 +120,8 @@ start_servers() {
       sleep 1
     done
   done
-  OVERRIDES+=("rollout.urls=[$(IFS=,; echo "${list[*]}")]")
+  OVERRIDES+=("rollout.urls=[$(IFS=,; echo "${list[*]}")]") # and nothing of servers that the run would start
+  OVERRIDES+=(rollout.servers=1 rollout.tensor_parallel_size=1 rollout.port=0 rollout.python=null "rollout.server_args=[]")
   if [ "$(megapsft config "$@" --key rollout.weight_update)" = tensor ]; then OVERRIDES+=(rollout.weight_update=distributed); fi
 }
 
@@ -133,8 +134,10 @@ finish() {
   if [ $code -ne 0 ]; then
     say "ended with exit code $code"
     if [ -s "$ATTEMPT/failures" ]; then
-      read -r _ rank host status < <(sort -n "$ATTEMPT/failures")
-      say "rank $rank on $host ended first, with exit code $status; the end of $ATTEMPT/rank-$rank.log:"
+      while read -r _ rank host status; do
+        [ ! -s "$ATTEMPT/rank-$rank.log" ] || break # what all ranks refuse only the first one says
+      done < <(sort -n "$ATTEMPT/failures")
+      say "rank $rank on $host ended with exit code $status, before others; the end of $ATTEMPT/rank-$rank.log:"
       tail -n 40 "$ATTEMPT/rank-$rank.log"
     fi
     exit $code
