@@ -87,7 +87,8 @@ run() {
 # several nodes. On a single node the run starts its servers itself.
 start_servers() {
   local group=() list=() ready=() said nodes each tp gpus host port number
-  mapfile -t said < <(megapsft config "$@" --key rollout.engine rollout.urls rollout.servers rollout.tensor_parallel_size)
+  mapfile -t said < <(megapsft config "$@" --key rollout.engine rollout.urls rollout.servers \
+    rollout.tensor_parallel_size rollout.weight_update)
   if [ "${said[0]}" != sglang ] || [ "${said[1]}" != "[]" ]; then return; fi
   each=${said[2]} tp=${said[3]} gpus=${SLURM_GPUS_ON_NODE:-0}
   if [ "${SLURM_HET_SIZE:-1}" -gt 1 ]; then
@@ -120,9 +121,7 @@ start_servers() {
       sleep 1
     done
   done
-  OVERRIDES+=("rollout.urls=[$(IFS=,; echo "${list[*]}")]") # and nothing of servers that the run would start
-  OVERRIDES+=(rollout.servers=1 rollout.tensor_parallel_size=1 rollout.port=0 rollout.python=null "rollout.server_args=[]")
-  if [ "$(megapsft config "$@" --key rollout.weight_update)" = tensor ]; then OVERRIDES+=(rollout.weight_update=distributed); fi
+  mapfile -t OVERRIDES < <("${ONCE[@]}" --overlap --quiet "$MEGAPSFT_PYTHON" -m megapsft.cluster.slurm.servers "${said[4]}" "${list[@]}")
 }
 
 # At the end, however it came: servers end; a run that was stopped before the time was over goes back into the queue; of one that
