@@ -52,7 +52,8 @@ def show_scaling(rows: Sequence[Row]) -> None:
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     for name in heading:
         folded = name == "why"
-        table.add_column(name, justify="left" if name in WORDS else "right", no_wrap=not folded, width=40 if folded else None)
+        side = "left" if name in WORDS else "right"
+        table.add_column(name, justify=side, no_wrap=not folded, overflow="fold", width=40 if folded else None)
     for line in lines:
         table.add_row(*line)
     console = Console()
