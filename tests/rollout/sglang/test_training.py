@@ -160,22 +160,25 @@ def command_of(process: psutil.Process) -> list[str]:
         return []
 
 
-def url_of(server: psutil.Process) -> str:
+def url_of(server: psutil.Process) -> str | None:
+    """None where it has ended by now."""
     command = command_of(server)
-    return f"http://127.0.0.1:{command[command.index('--port') + 1]}"
+    return f"http://127.0.0.1:{command[command.index('--port') + 1]}" if "--port" in command else None
 
 
 def answers(server: psutil.Process) -> bool:
     """Whether it has two requests at once, of which a check of its health may be one."""
+    url = url_of(server)
     try:
-        loads = httpx.get(f"{url_of(server)}/v1/loads", trust_env=False).json()["loads"]
+        loads = httpx.get(f"{url}/v1/loads", trust_env=False).json()["loads"] if url else []
     except httpx.HTTPError:  # it starts
         return False
     return sum(load["num_running_reqs"] for load in loads) >= 2
 
 
 def version(server: psutil.Process) -> str | None:
+    url = url_of(server)
     try:
-        return Client(url_of(server)).about(5).weight_version
+        return Client(url).about(5).weight_version if url else None
     except Unanswered:
         return None
