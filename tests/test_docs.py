@@ -122,6 +122,18 @@ def test_the_commands_of_planning_run(tmp_path):
     assert all(one["overrides"] and one["fits"] for one in plan["proposals"])
 
 
+def test_the_commands_of_sweeps_are_ready_to_run(tmp_path):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    shutil.copy(ROOT / "configs/cluster/example.yaml", tmp_path / "my.yaml")
+    lines = [line for line in commands((ROOT / "docs/sweep.md").read_text()) if not line.endswith("--dry-run")]
+    assert len(lines) == 2
+    for line in lines:
+        done = megapsft(*line.split()[1:], "--dry-run", cwd=tmp_path)
+        assert done.returncode == 0, f"$ {line}\n{done.stdout}\n{done.stderr}"
+        assert re.search(r"planned for h100 at the speed of tuned runs", done.stdout)
+    assert not (tmp_path / "sweeps").exists()
+
+
 def test_make_has_the_targets_that_are_named():
     text = "\n".join(page.read_text() for page in PAGES)
     named = set(re.findall(r"^make ([a-z]+)", text, re.M)) | set(re.findall(r"`make ([a-z]+)", text))
