@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.command import megapsft
-from tests.slurm.jobs import Jobs, ranks_of
+from tests.slurm.jobs import ranks_of
 from tests.slurm.runs import PSFT, measured, options, submit
 from tests.slurm.test_time_limit import SLOW
 
@@ -52,9 +52,8 @@ def slow_job(jobs, tiny_models, tiny_data, objective, tmp_path):
         of_run = given(tiny_models, tiny_data, objective, run, *more)
         of_job = ("cluster.environment={SLOW_SECONDS: '0.5'}", "cluster.preflight=false", f"cluster.ranks_per_node={ranks}")
         job = submit(jobs, str(PSFT), "--nodes", "2", SPARE, *of_job, *of_run)
-        jobs.wait_for(lambda: updates(run) > 3 * UPDATES, job)
+        jobs.wait_for(lambda: (run / "checkpoints/latest").is_symlink() and updates(run) > 3 * UPDATES, job)
         assert jobs.show(job)["NodeList"] == "node[1-2]"
-        assert (run / "checkpoints/latest").is_symlink()
         return job, run
 
     return start
@@ -74,7 +73,8 @@ def test_a_node_that_is_set_down_gives_the_run_back_and_it_goes_on_elsewhere(clu
         shown = jobs.completes(job)
     finally:
         cluster.slurm("scontrol", "update", "NodeName=node2", "State=RESUME")
-    assert (shown["Restarts"], shown["NodeList"]) == ("1", "node[1,3]")
+    assert shown["Restarts"] == "1"
+    assert "node2" not in cluster.slurm("scontrol", "show", "hostnames", shown["NodeList"]).split()
     assert measured(run) == undisturbed
 
 
@@ -86,7 +86,8 @@ def test_a_node_that_crashes_too(cluster, jobs, slow_job, undisturbed):
         shown = jobs.completes(job)
     finally:
         cluster.start("node2")
-    assert (shown["Restarts"], shown["NodeList"]) == ("1", "node[1,3]")
+    assert shown["Restarts"] == "1"
+    assert "node2" not in cluster.slurm("scontrol", "show", "hostnames", shown["NodeList"]).split()
     assert measured(run) == undisturbed
 
 
@@ -108,13 +109,10 @@ def test_a_rank_that_is_stopped_is_found_and_the_stacks_of_the_others_are_in_the
     stopped = ranks_of(cluster, "node2", job)[3]
     os.kill(stopped, signal.SIGSTOP)
     shown = jobs.wait(job)
-    assert (shown["JobState"], shown["Restarts"]) == ("FAILED", "0"), jobs.why(job)
+    assert (shown["JobState"], shown["ExitCode"], shown["Restarts"]) == ("FAILED", "70:0", "0"), jobs.why(job)
     assert updates(run) < STEPS * UPDATES
     log = jobs.log(job).read_text()
-    assert {path.name for path in (run / "stacks").iterdir()} == {f"rank-{rank}-0.txt" for rank in range(3)}
-    for rank in range(3):
-        assert f"rank {rank}, process" in log
-    assert log.count("Thread 0x") >= 3
+    for rank in range(3):  # it writes its own too, where Slurm lets it go on before it is killed
+        assert f" rank {rank}, process " in log
+    assert log.count("finish_grad_sync") + log.count("all_reduce") >= 3
     assert not Path(f"/proc/{stopped}").exists()
-    told = Jobs.log(jobs, job)
-    assert told
