@@ -54,6 +54,7 @@ open_attempt() {
 }
 
 train() {
+  set -- "${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}" # of an array (sbatch --array=1-3) each job has its run.dir, and its seed
   prepare "$@"
   preflight
   start_servers "$@"

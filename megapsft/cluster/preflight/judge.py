@@ -104,7 +104,7 @@ def _versions(nodes: Sequence[str], findings: Sequence[Finding]) -> dict[str, di
 
 
 def _blamed(nodes: Sequence[str], wrong: Sequence[Finding]) -> tuple[str, ...]:
-    """Who is to blame. What is wrong with all says nothing of any; what all but the first do not see says something of that one."""
+    """Who is to blame. What is wrong with all says nothing of any; what all but the first do not see is the fault of that one."""
     blamed = set()
     for check in {finding.check for finding in wrong}:
         of_check = {finding.node for finding in wrong if finding.check == check}

@@ -1,12 +1,13 @@
-"""Servers that are started here: killed, stopped, started again with the current weights, and never left behind."""
+"""Servers that are started here: with ports of their own, or with the reason, and never left behind.
+
+Killed and hung in the middle of a run: test_training.py.
+"""
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,16 +16,10 @@ import psutil
 import pytest
 
 from megapsft.errors import Refused
-from megapsft.rollout.base import Sampling
 from megapsft.rollout.sglang.server import free_port
-from tests.rollout.sglang.servers import answered_once, engine_of, requests, weights
+from tests.rollout.sglang.servers import engine_of
 
 pytestmark = pytest.mark.servers
-
-
-def scheduler_of(pid):
-    children = psutil.Process(pid).children(recursive=True)
-    return next(child for child in children if "sched" in child.name() + child.cmdline()[0])
 
 
 def wait_for(true, seconds=240):
@@ -32,54 +27,6 @@ def wait_for(true, seconds=240):
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.1)
-
-
-def test_killed_and_hung_while_it_generates_and_nothing_is_left(dense, tmp_path):
-    """Of two servers one is killed, and while it starts again the other one hangs; both come back with the current weights."""
-    asked, sampling = requests(10), Sampling(max_tokens=700)
-    with engine_of([], dense, tmp_path, servers=2) as engine:
-        engine.load_weights(weights(dense, 1.1).items(), 1)
-        first, second = engine.servers
-        everything = [psutil.Process(member.process.pid) for member in engine.servers]
-        everything += [child for process in everything for child in process.children(recursive=True)]
-        for process in everything:
-            for open_port in process.net_connections("tcp"):
-                assert open_port.status != psutil.CONN_LISTEN or open_port.laddr.ip == "127.0.0.1"
-
-        for member, fault in ((first, lambda m: scheduler_of(m.process.pid).kill()), (second, stop)):
-            found = []
-            thread = threading.Thread(target=lambda found=found: found.extend(engine.generate(asked, sampling)))
-            thread.start()
-            wait_for(lambda member=member: member.running)
-            time.sleep(0.3)
-            fault(member)
-            thread.join()
-            assert answered_once(asked, found)
-            assert {(len(rollout.response_ids), rollout.weight_version) for rollout in found} == {(700, 1)}
-        for member in engine.servers:
-            wait_for(lambda member=member: member.state == "ready" and member.outs == 1)
-            everything += [psutil.Process(member.process.pid), *psutil.Process(member.process.pid).children(recursive=True)]
-            assert member.client.about(10).weight_version == "1"
-            engine._pool._check(member, engine._pool._expected)  # its weights are those of the update, not of the folder
-    wait_for(lambda: not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in everything), 20)
-
-
-def test_one_that_starts_without_weights_has_those_of_the_update_when_it_starts_again(dense, tmp_path):
-    """As with FP8, whose servers start from a folder that has no weights; here they are fp32."""
-    empty = tmp_path / "empty"
-    shutil.copytree(dense, empty, ignore=shutil.ignore_patterns("*.safetensors"))
-    with engine_of([], empty, tmp_path, server_args=("--load-format", "dummy")) as engine:
-        engine.load_weights(weights(dense, 1.1).items(), 1)
-        (server,) = engine.servers
-        scheduler_of(server.process.pid).kill()
-        wait_for(lambda: server.state == "ready" and server.outs == 1)
-        assert server.client.about(10).weight_version == "1"
-        engine._pool._check(server, engine._pool._expected)
-
-
-def stop(member):
-    for process in (psutil.Process(member.process.pid), scheduler_of(member.process.pid)):
-        process.suspend()
 
 
 def test_a_port_in_use(dense, tmp_path):
