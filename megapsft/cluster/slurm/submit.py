@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -11,6 +12,7 @@ from pathlib import Path
 from megapsft.cluster.estimate import estimate
 from megapsft.cluster.hardware import Machines, gpu_named
 from megapsft.cluster.model_folder import shape_of_model
+from megapsft.cluster.preflight import packages
 from megapsft.cluster.slurm import client, records
 from megapsft.cluster.slurm.config import ClusterConfig
 from megapsft.cluster.slurm.records import Record
@@ -146,10 +148,12 @@ def _check_servers(config: Config, cluster: ClusterConfig, nodes: int, rollout_n
 
 
 def write(prepared: Prepared) -> None:
-    """RUN/slurm: the config as it is now, and the script."""
+    """RUN/slurm: the config as it is now, the script, and where the nodes use this very interpreter, what is installed."""
     prepared.folder.mkdir(parents=True, exist_ok=True)
     prepared.config_file.write_text(to_yaml(prepared.config))
     prepared.script_file.write_text(prepared.script.render())
+    if prepared.script.cluster.container is None and prepared.script.environment["MEGAPSFT_PYTHON"] == sys.executable:
+        packages.record(prepared.folder)
 
 
 def submit(prepared: Prepared) -> str:
