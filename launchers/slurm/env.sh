@@ -3,6 +3,7 @@
 # (`environment:` of configs/cluster/*.yaml) or before sbatch.
 
 export PYTHONUNBUFFERED=1
+ulimit -S -c "${MEGAPSFT_CORE:-0}" # cores of all ranks fill a file system; MEGAPSFT_CORE=unlimited to have them
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}           # a rank has a GPU, or a core
 
 # Megatron's overlap of tensor-parallel communication needs one connection up to Hopper
