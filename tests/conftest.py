@@ -19,6 +19,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gsm8k", type=Path, help="JSONL with GSM8K's columns: train the shipped configs on its rows")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of several workers one has all tests with SGLang's servers, and one those with Slurm: they share what they start."""
+    for item in items:
+        for name in ("servers", "slurm"):
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.xdist_group(name))
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """JSONL of 64 generated problems, columns `question` and `answer`."""
