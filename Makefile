@@ -2,6 +2,9 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 FILE ?= tests/oracles/vectors.json
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 shellcheck
+SLURM_PROGRAMS := slurmctld slurmd sbatch munged ip shellcheck
 .DEFAULT_GOAL := help
 
 ## venv        the environment in .venv; does nothing where nothing changed
@@ -37,8 +40,18 @@ sglang: .venv-sglang/.installed
 .PHONY: test
 test: venv sglang
 	$(PY) -m ruff check .
-	$(PY) -m pytest -n 2 --dist loadfile -m "not servers"
+	$(PY) -m pytest -n 2 --dist loadfile -m "not servers and not slurm"
 	$(PY) -m pytest -m servers
+	$(MAKE) test-slurm
+
+## test-slurm  what runs on a cluster: installs Slurm (Debian's) where there is none, starts six nodes, tests, ends them; as root
+.PHONY: test-slurm
+test-slurm: venv sglang
+	@PATH=$$PATH:/usr/sbin:/sbin; for program in $(SLURM_PROGRAMS); do command -v $$program >/dev/null || missing=1; done; \
+		if [ -n "$${missing:-}" ]; then \
+			$(SUDO) apt-get update -qq && \
+			$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(SLURM_PACKAGES); fi
+	$(SUDO) $(PY) -m tests.slurm.cluster run $(PY) -m pytest -m slurm
 
 ## test-long   the shipped configs on real rows: make test-long GSM8K=gsm8k-train.jsonl (without it, on generated ones)
 .PHONY: test-long

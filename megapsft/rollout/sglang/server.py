@@ -24,6 +24,7 @@ OURS |= {"--weight-version", "--device"}
 # of torchrun, whose world a server would join; and the one that changes what its log-probabilities are
 NOT_FOR_SERVERS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 NOT_FOR_SERVERS |= {"SGLANG_RETURN_ORIGINAL_LOGPROB"}
+LOOPBACK = "127.0.0.1"
 TERM_SECONDS, KILL_SECONDS = 10.0, 10.0
 LAST_LINES = 20
 PORTS = range(20000, 32000)  # Linux connects from 32768 on, other systems from 49152
@@ -32,28 +33,42 @@ _given: set[int] = set()  # by `free_port`
 
 
 class Server:
-    """A server on this machine's loopback: at most one process group at a time, which is ended by `stop` or with this process.
+    """A server on this machine: at most one process group at a time, which is ended by `stop` or with this process.
 
     The thread that calls `start` must live as long as the server: the kernel ends the server with it.
     """
 
     def __init__(
-        self, *, python: Path, model: Path, dtype: str, tp_size: int, port: int, arguments: Sequence[str], log: Path
+        self,
+        *,
+        python: Path,
+        model: Path,
+        dtype: str,
+        tp_size: int,
+        port: int,
+        arguments: Sequence[str],
+        log: Path | None,
+        host: str = LOOPBACK,
     ):
-        """`port`: 0 for any that is free, anew with each start."""
+        """
+        Args:
+            port: 0 for any that is free, anew with each start.
+            log: None for this process's own output.
+            host: name or address that it listens on; others than loopback are reached by whoever reaches this machine.
+        """
         for argument in arguments:
             if argument.split("=")[0] in OURS:
                 remedy = "leave it out: rollout.* and model.* have it"
                 raise Refused(f"rollout.server_args: {argument}", "is set by the engine", remedy)
-        self._command = [str(python), str(SERVE), str(os.getpid()), "--model-path", str(model), "--host", "127.0.0.1"]
+        self._command = [str(python), str(SERVE), str(os.getpid()), "--model-path", str(model), "--host", host]
         self._options = ["--dtype", dtype, "--tp-size", str(tp_size), "--skip-tokenizer-init", "--skip-server-warmup"]
         self._options += ["--weight-version", "0", "--log-level", "warning", *arguments]
-        self._wanted, self.port, self.log = port, port, log
+        self._host, self._wanted, self.port, self.log = host, port, port, log
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self._host}:{self.port}"
 
     @property
     def pid(self) -> int | None:
@@ -62,17 +77,20 @@ class Server:
     def start(self) -> None:
         """Raises Refused where its port is in use."""
         if self._wanted:
-            check_free(self._wanted)
+            check_free(self._wanted, self._host)
         self.port = self._wanted or free_port()
-        self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = {k: v for k, v in os.environ.items() if k not in NOT_FOR_SERVERS and not k.startswith("TORCHELASTIC_")}
         environment |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-        if sys.platform.startswith("linux"):
+        if self._host == LOOPBACK and sys.platform.startswith("linux"):
             environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-        with self.log.open("ab") as log:
+        with contextlib.ExitStack() as files:
+            log = None
+            if self.log is not None:
+                self.log.parent.mkdir(parents=True, exist_ok=True)
+                log = files.enter_context(self.log.open("ab"))
             self._process = subprocess.Popen(
                 [*self._command, "--port", str(self.port), *self._options],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log and subprocess.STDOUT, env=environment, start_new_session=True,
             )  # fmt: skip
 
     def ended(self) -> str | None:
@@ -104,6 +122,8 @@ class Server:
 
     def last_lines(self) -> str:
         """The end of its log."""
+        if self.log is None:
+            return "(above)"
         try:
             with self.log.open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 16384))
@@ -126,19 +146,19 @@ def free_port() -> int:
     raise Refused("rollout.port=0", f"no port of {PORTS.start} to {PORTS.stop - 1} is free", "name one that is")
 
 
-def check_free(port: int) -> None:
-    reason = why_not(port)
+def check_free(port: int, host: str = LOOPBACK) -> None:
+    reason = why_not(port, host)
     if reason is not None:
         remedy = "use rollout.port=0 for any that is free, or end what listens there"
         raise Refused(f"rollout.port={port}", f"cannot be listened on: {reason}", remedy)
 
 
-def why_not(port: int) -> str | None:
+def why_not(port: int, host: str = LOOPBACK) -> str | None:
     """The reason for which it cannot be listened on."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
         except OSError as error:
             return error.strerror
     return None

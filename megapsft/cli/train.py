@@ -1,0 +1,100 @@
+"""megapsft train: one run, here or as one of its ranks."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from megapsft.cli.overrides import OVERRIDES
+from megapsft.cli.printed import complain
+from megapsft.cli.world import is_first, world_of
+from megapsft.errors import TrainingStopped
+
+if TYPE_CHECKING:
+    from megapsft.platform.held_signal import HeldSignal
+    from megapsft.train.plan import RunPlan
+    from megapsft.train.run import Evaluation
+
+
+def train(
+    config: tyro.conf.Positional[Path],
+    *,
+    dry_run: bool = False,
+    nproc_per_node: int | None = None,
+) -> int:
+    """Train: megapsft train CONFIG.yaml [key=value ...]. The same command on the same run.dir continues the run.
+
+    For example:
+        megapsft train configs/psft/tiny-qwen3-gsm8k.yaml data.path=train.jsonl model.path=models/tiny
+        megapsft train configs/psft/tiny-qwen3-gsm8k.yaml parallel.tensor_model_parallel_size=2 train.steps=50
+        megapsft train configs/psft/tiny-qwen3-gsm8k.yaml --dry-run
+        torchrun --nproc-per-node 8 -m megapsft.cli train CONFIG.yaml     (or srun: it joins)
+
+    SIGUSR1, or a file RUN/stop, ends it after the step that it is in, saved, to be continued (docs/queue.md).
+
+    Args:
+        config: YAML file; `key=value` arguments overlay it, `megapsft config` lists the keys.
+        dry_run: check everything, print what would run, start nothing.
+        nproc_per_node: processes to start here; default: the GPUs of this machine, or the fewest that the split needs.
+    """
+    from megapsft.platform.held_signal import HeldSignal
+
+    asked = None if dry_run else HeldSignal(signal.SIGUSR1)  # before the imports, which take seconds
+    from megapsft.config import load_config
+    from megapsft.platform.launch import become_world_of_one, torchrun
+    from megapsft.report.plan import show_plan
+    from megapsft.train.plan import plan_run, run_folder
+    from megapsft.train.stop import STOPPED, ask, was_stopped, withdraw
+
+    resolved = load_config(config, OVERRIDES)
+    world, joined = world_of(resolved.parallel, nproc_per_node)
+    plan = plan_run(resolved, world)  # refuses at the door, before any process starts
+    evaluation = None
+    if resolved.evaluate.data:
+        from megapsft.evaluate.during_training import DuringTraining
+
+        evaluation = DuringTraining(plan)
+    if is_first() and (dry_run or not joined):
+        show_plan(plan, whole=dry_run)
+    if dry_run:
+        return 0
+    folder = run_folder(resolved)
+    if world > 1 and not joined:
+        with asked.passed_on(lambda: ask(folder)):
+            code = torchrun(world, ["train", str(config), *OVERRIDES])
+        if code == 0:
+            withdraw(folder)  # what came when there was nobody left to ask
+    else:
+        if not joined:
+            become_world_of_one()
+        code = _train_here(plan, evaluation, asked)
+    if not joined and code == 0 and was_stopped(folder):
+        return STOPPED  # where it joined: 0, for torchrun and srun take anything else for a failure, and end the other ranks
+    return code
+
+
+def _train_here(plan: RunPlan, evaluation: Evaluation | None, asked: HeldSignal) -> int:
+    """As one rank of the world that the environment describes."""
+    from megapsft import parallel
+    from megapsft.platform.compat import hush
+    from megapsft.train.loop import train as loop
+    from megapsft.train.run import start
+
+    hush()
+    parallel.initialize(plan.mesh, plan.config.parallel, plan.config.train.seed)
+    run = start(plan, evaluation, asked.came)
+    try:
+        loop(run)
+    except TrainingStopped as error:  # on all ranks at once
+        run.close()
+        parallel.shutdown()
+        return complain(error)
+    if is_first():
+        done, stopped = run.done, f"; stopped by {run.stopped}, the same command goes on" if run.stopped else ""
+        counts = f"{done.step} steps, {done.update} updates, {done.skipped_updates} of them skipped"
+        print(f"{plan.config.run.dir}: {counts}{stopped}")
+    parallel.shutdown()
+    return 0
