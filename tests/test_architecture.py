@@ -105,7 +105,7 @@ def test_a_planted_violation_is_named(file, source, rule, tmp_path):
 def test_what_is_allowed_is_not_found(tmp_path):
     allowed = {
         "__init__.py": "from megapsft.platform.cpu import install",
-        "cli.py": "import tyro\nfrom megapsft import parallel\nimport megapsft.train.loop",
+        "cli/train.py": "import tyro\nfrom megapsft import parallel\nimport megapsft.train.loop",
         "objectives/a.py": "from __future__ import annotations\nimport json\nimport torch\nfrom megapsft.objectives import b\n"
         "from megapsft.errors import Refused\nimport megapsft.objectives",
         "metrics/a.py": "import wandb\nfrom torch.utils.tensorboard import SummaryWriter",

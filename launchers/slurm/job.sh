@@ -87,7 +87,8 @@ run() {
 # several nodes. On a single node the run starts its servers itself.
 start_servers() {
   local group=() list=() ready=() said nodes each tp gpus host port number
-  mapfile -t said < <(megapsft config "$@" --key rollout.engine rollout.urls rollout.servers rollout.tensor_parallel_size)
+  mapfile -t said < <(megapsft config "$@" --key rollout.engine rollout.urls rollout.servers \
+    rollout.tensor_parallel_size rollout.weight_update)
   if [ "${said[0]}" != sglang ] || [ "${said[1]}" != "[]" ]; then return; fi
   each=${said[2]} tp=${said[3]} gpus=${SLURM_GPUS_ON_NODE:-0}
   if [ "${SLURM_HET_SIZE:-1}" -gt 1 ]; then
@@ -120,8 +121,7 @@ start_servers() {
       sleep 1
     done
   done
-  OVERRIDES+=("rollout.urls=[$(IFS=,; echo "${list[*]}")]")
-  if [ "$(megapsft config "$@" --key rollout.weight_update)" = tensor ]; then OVERRIDES+=(rollout.weight_update=distributed); fi
+  mapfile -t OVERRIDES < <("${ONCE[@]}" --overlap --quiet "$MEGAPSFT_PYTHON" -m megapsft.cluster.slurm.servers "${said[4]}" "${list[@]}")
 }
 
 # At the end, however it came: servers end; a run that was stopped before the time was over goes back into the queue; of one that
@@ -133,8 +133,10 @@ finish() {
   if [ $code -ne 0 ]; then
     say "ended with exit code $code"
     if [ -s "$ATTEMPT/failures" ]; then
-      read -r _ rank host status < <(sort -n "$ATTEMPT/failures")
-      say "rank $rank on $host ended first, with exit code $status; the end of $ATTEMPT/rank-$rank.log:"
+      while read -r _ rank host status; do
+        [ ! -s "$ATTEMPT/rank-$rank.log" ] || break # what all ranks refuse only the first one says
+      done < <(sort -n "$ATTEMPT/failures")
+      say "rank $rank on $host ended with exit code $status, before others; the end of $ATTEMPT/rank-$rank.log:"
       tail -n 40 "$ATTEMPT/rank-$rank.log"
     fi
     exit $code

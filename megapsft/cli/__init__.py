@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import tyro
@@ -65,6 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
         return tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="megapsft", args=arguments, description=__doc__)
     except Refused as error:
         return complain(error)
+    except BrokenPipeError:  # `megapsft logs RUN | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         if is_first():
             print("megapsft: interrupted; the same command again goes on from there, or begins again", file=sys.stderr)

@@ -21,17 +21,9 @@ from megapsft.train.optimizer import build_optimizer
 from megapsft.train.plan import plan_run
 from megapsft.train.run import Run, build_policy
 from megapsft.train.update import update
+from tests.invariants.splits import NAMES
 from tests.ranks import run_ranks
 
-NAMES = {
-    "tp": "parallel.tensor_model_parallel_size",
-    "pp": "parallel.pipeline_model_parallel_size",
-    "vpp": "parallel.virtual_pipeline_model_parallel_size",
-    "cp": "parallel.context_parallel_size",
-    "ep": "parallel.expert_model_parallel_size",
-    "etp": "parallel.expert_tensor_parallel_size",
-    "zero1": "parallel.use_distributed_optimizer",
-}
 SPLITS = [  # family, dtype, ranks, split
     ("qwen3", "float32", 1, {}),
     ("qwen2", "bfloat16", 2, {"tp": 2}),

@@ -38,7 +38,7 @@ class ClusterConfig:
     signal_seconds: PositiveInt = 300  # before the time is over: they have to hold a step and a checkpoint
     mpi: str | None = None  # srun --mpi=...: none, pmix, pmi2, as the site has it
     python: str | None = None  # interpreter on the nodes; default: .venv/bin/python of this clone
-    sglang_python: str | None = None  # the one that has SGLang; default: .venv-sglang/bin/python of this clone, where it is
+    sglang_python: str | None = None  # the one that has SGLang, where rollout.python does not say it
     container: str | None = None  # image for pyxis: srun --container-image
     mounts: tuple[str, ...] = ()  # into the container: from:to
     preflight: bool = True  # nodes are checked before a rank is started

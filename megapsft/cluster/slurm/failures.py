@@ -1,4 +1,4 @@
-"""Which rank of an attempt ended first, and what it said last."""
+"""Which rank of an attempt failed first, and what it said last."""
 
 from __future__ import annotations
 
@@ -29,13 +29,17 @@ class Failure:
 
 
 def failures(attempt: Path) -> list[Failure]:
-    """Of launchers/slurm/rank.sh, the first one first."""
+    """Of launchers/slurm/rank.sh, the first one first; those that said nothing after those that did."""
     file = attempt / "failures"
     found = []
     for line in file.read_text().splitlines() if file.is_file() else ():
         seconds, rank, host, code = line.split()
         found.append(Failure(seconds=float(seconds), rank=int(rank), host=host, code=int(code)))
-    return sorted(found, key=lambda failure: failure.seconds)
+    return sorted(found, key=lambda failure: (_silent(attempt / f"rank-{failure.rank}.log"), failure.seconds))
+
+
+def _silent(log: Path) -> bool:
+    return not log.is_file() or not log.stat().st_size
 
 
 def last_lines(log: Path, count: int) -> list[str]:

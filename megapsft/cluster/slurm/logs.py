@@ -32,7 +32,7 @@ def logs(run: Path, *, job: str | None = None, rank: int | None = None, lines: i
     failed = failures(attempts[-1]) if attempts else []
     if failed:
         first = failed[0]
-        yield f"rank {first.rank} on {first.host} {first.how}, the first of {len(failed)}"
+        yield f"rank {first.rank} on {first.host} {first.how}, before the others"
         yield from _titled(attempts[-1] / f"rank-{first.rank}.log", lines)
     elif attempts and (attempts[-1] / "rank-0.log").is_file():
         yield from _titled(attempts[-1] / "rank-0.log", lines)

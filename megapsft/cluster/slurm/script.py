@@ -72,7 +72,6 @@ class Script:
         told = {
             "MEGAPSFT_HOME": str(HOME),
             "MEGAPSFT_PYTHON": cluster.python or str(HOME / ".venv" / "bin" / "python"),
-            "MEGAPSFT_SGLANG_PYTHON": cluster.sglang_python,
             "MEGAPSFT_SRUN": " ".join(cluster.step_options) or None,
             "MEGAPSFT_PREFLIGHT": None if cluster.preflight else "0",
             "MEGAPSFT_EXPORT": str(self.export.absolute()) if self.export else None,

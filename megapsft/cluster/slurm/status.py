@@ -124,7 +124,7 @@ def progress_lines(found: Status) -> list[str]:
         lines.append(f"stopped after step {now.stopped['step']} ({now.stopped['reason']}), to be continued")
     if found.failure:
         failed = found.failure
-        lines.append(f"rank {failed.rank} on {failed.host} {failed.how}, the first to: megapsft logs {found.run}")
+        lines.append(f"rank {failed.rank} on {failed.host} {failed.how}: megapsft logs {found.run}")
     return lines
 
 

@@ -78,6 +78,8 @@ def prepare(
         raise Refused("run.dir=''", "names no folder", "give one such as runs/first")
     if not config.model.path:
         raise Refused("model.path=''", "names no model", "give a Hugging Face folder")
+    if cluster.sglang_python and config.rollout.engine == "sglang" and config.rollout.python is None:
+        config = replace(config, rollout=replace(config.rollout, python=cluster.sglang_python))
     _check_servers(config, cluster, nodes, rollout_nodes)
     notes = _check_run(config_file, config, cluster, nodes)
     stamp = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
