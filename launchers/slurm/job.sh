@@ -110,7 +110,7 @@ start_servers() {
       list+=("http://$host:$port")
     done
   done
-  say "waits for ${#list[@]} SGLang servers: ${list[*]}"
+  say "waits for SGLang: ${list[*]}"
   for number in "${!ready[@]}"; do
     until [ -e "${ready[number]}" ]; do
       if ! kill -0 "${SERVERS[number]}" 2>/dev/null; then

@@ -1,4 +1,7 @@
-"""What a run is told of SGLang servers that are steps of its job: python -m megapsft.cluster.slurm.servers WEIGHT_UPDATE URL ..."""
+"""What a run is told of SGLang servers that are steps of its job.
+
+    python -m megapsft.cluster.slurm.servers WEIGHT_UPDATE URL ...      (as launchers/slurm/job.sh does)
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,43 @@
+"""An RL job of two trainers and an SGLang server, which is a step of its own on a node of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megapsft.data.arithmetic import generate, write_jsonl
+from tests.shipped import FOLDER
+from tests.slurm.runs import options, submit
+
+pytestmark = pytest.mark.slurm
+
+
+def test_trainers_and_a_server_on_nodes_of_their_own(jobs, tiny_models, tmp_path):
+    write_jsonl(tmp_path / "problems.jsonl", generate(16, 3, "easy"))
+    run = tmp_path / "run"
+    given = options(
+        tiny_models("qwen3"), tmp_path / "problems.jsonl", run, "parallel.tensor_model_parallel_size=2", "train.steps=3",
+        "train.sft_warmup_steps=0", "train.batch_size=4", "train.minibatch_size=2", "rollout.engine=sglang", "rollout.n=2",
+        "rollout.max_tokens=12", "log.rollouts=1",
+    )  # fmt: skip
+    config = str(FOLDER / "grpo/tiny-qwen3-arithmetic.yaml")
+    job = submit(jobs, config, "--nodes", "2", "--rollout-nodes", "1", "--option=--exclude=node4,node5,node6", *given)
+    shown = jobs.completes(job, seconds=400)
+    (server,) = {f"node{number}" for number in (1, 2, 3)} - {"node1", "node2"}
+    assert shown["NodeList"] == "node[1-2]"
+    attempt = run / "slurm" / f"{job}.0"
+    assert f"http://{server}:" in (attempt / "server-0.log").read_text()
+    steps = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    rollouts = [json.loads(line) for path in sorted((run / "rollouts").glob("step-*.jsonl")) for line in path.open()]
+    assert len(rollouts) == 3 * 4 * 2
+    jobs.wait_for(lambda: not any(map(is_server, jobs.cluster.processes(server))), job)  # it ended with the job
+
+
+def is_server(process: int) -> bool:
+    try:
+        return b"serve.py" in Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:  # it has ended
+        return False
