@@ -20,6 +20,7 @@ while :; do  # a signal ends the wait, and not the rank
 done
 wait "$rank" 2>/dev/null && again=0 || again=$?
 [ "$again" -eq 127 ] || code=$again  # 127: it was waited for; else the signal came last, and this is how the rank ended
+[ "$code" -ne 75 ] || code=0 # a single rank that was stopped; where there are several they end with 0 themselves
 if [ "$code" -ne 0 ] && [ -n "${ATTEMPT:-}" ]; then
   echo "$(date +%s.%N) ${SLURM_PROCID:-0} $(hostname) $code" >>"$ATTEMPT/failures"  # the first of them is where to look
 fi

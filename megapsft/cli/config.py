@@ -24,10 +24,11 @@ def config(config: tyro.conf.Positional[Path | None] = None, *, key: tuple[str, 
         key: only the values of these, one a line.
     """
     from megapsft.config import flatten, load_config
-    from megapsft.train.plan import to_yaml
 
     resolved = load_config(config, OVERRIDES)
     if not key:
+        from megapsft.train.plan import to_yaml
+
         print(to_yaml(resolved), end="")
         return 0
     values = flatten(resolved)
