@@ -19,6 +19,7 @@ from megapsft.cli.make_data import make_data
 from megapsft.cli.overrides import take_overrides
 from megapsft.cli.pipeline import pipeline
 from megapsft.cli.plan import plan
+from megapsft.cli.preflight import preflight
 from megapsft.cli.printed import complain
 from megapsft.cli.probe import probe
 from megapsft.cli.rollout import rollout
@@ -45,6 +46,7 @@ COMMANDS = {
     "rollout": rollout,
     "evaluate": evaluate,
     "serve": serve,
+    "preflight": preflight,
     "submit": submit,
     "status": status,
     "logs": logs,

@@ -27,10 +27,14 @@ def joined_world() -> int | None:
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
     environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
     environment.setdefault("MASTER_ADDR", _first_host(environment["SLURM_STEP_NODELIST"]))
-    # the same on all ranks, another for each job step, outside the ephemeral ports
-    job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
-    environment.setdefault("MASTER_PORT", str(20000 + (job * 31 + step) % 12000))
+    port = rendezvous_port(int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"]))
+    environment.setdefault("MASTER_PORT", str(port))
     return int(environment["WORLD_SIZE"])
+
+
+def rendezvous_port(job: int, step: int) -> int:
+    """Where the ranks of a job step of Slurm meet: the same on all, another for each step, outside the ephemeral ports."""
+    return 20000 + (job * 31 + step) % 12000
 
 
 def _stay_on_loopback() -> None:
