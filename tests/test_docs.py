@@ -56,6 +56,7 @@ RUN = {  # every command that is run, in this order, and what is put behind it t
     "megapsft rollout --model models/arithmetic --data arithmetic.jsonl --limit 100 --n 4 --max-tokens 24 "
     "--out rollouts-of-mine.jsonl": "",
     "megapsft plan configs/psft/qwen3-30b-a3b.yaml --nodes 4 --gpus-per-node 8 --gpu h100": "",
+    "megapsft submit configs/psft/qwen3-30b-a3b.yaml --nodes 4 --cluster configs/cluster/example.yaml --dry-run": "",
     PSFT.replace("train", "probe", 1): "train.batch_size=8 train.minibatch_size=4",
     "python -m tests.oracles tests/oracles/vectors.json": "",
     "python -m tests.invariants": "--kind dense --split 'microbatches of 2'",
@@ -120,6 +121,32 @@ def test_the_commands_of_planning_run(tmp_path):
     assert plan["mesh"]["world_size"] == 16
     assert plan["peak_bytes"] == max(stage["total"] for stage in plan["stages"])
     assert all(one["overrides"] and one["fits"] for one in plan["proposals"])
+
+
+def test_the_commands_of_sweeps_are_ready_to_run(tmp_path):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    shutil.copy(ROOT / "configs/cluster/example.yaml", tmp_path / "my.yaml")
+    lines = [line for line in commands((ROOT / "docs/sweep.md").read_text()) if not line.endswith("--dry-run")]
+    assert len(lines) == 2
+    for line in lines:
+        done = megapsft(*line.split()[1:], "--dry-run", cwd=tmp_path)
+        assert done.returncode == 0, f"$ {line}\n{done.stdout}\n{done.stderr}"
+        assert re.search(r"planned for h100 at the speed of tuned runs", done.stdout)
+    assert not (tmp_path / "sweeps").exists()
+
+
+def test_the_commands_of_the_cluster_page_are_ready_to_run(tmp_path):
+    """Those that submit, as a dry run; a pipeline's data would have to be here."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    shutil.copy(ROOT / "configs/cluster/example.yaml", tmp_path / "my.yaml")
+    lines = [line for line in commands((ROOT / "docs/cluster.md").read_text()) if line.startswith("megapsft submit")]
+    lines = [line for line in lines if not line.endswith("--dry-run") and "configs/pipelines" not in line]
+    assert len(lines) == 3
+    for line in lines:
+        done = megapsft(*line.split()[1:], "--dry-run", cwd=tmp_path)
+        assert done.returncode == 0, f"$ {line}\n{done.stdout}\n{done.stderr}"
+        assert done.stdout.startswith("#!/bin/bash\n#SBATCH --job-name=megapsft-")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_make_has_the_targets_that_are_named():

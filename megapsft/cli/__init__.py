@@ -26,6 +26,7 @@ from megapsft.cli.rollout import rollout
 from megapsft.cli.serve import serve
 from megapsft.cli.status import status
 from megapsft.cli.submit import submit
+from megapsft.cli.sweep import sweep
 from megapsft.cli.train import train
 from megapsft.cli.world import is_first
 from megapsft.errors import Refused
@@ -51,8 +52,9 @@ COMMANDS = {
     "status": status,
     "logs": logs,
     "cancel": cancel,
+    "sweep": sweep,
 }
-WITH_OVERRIDES = ("train", "pipeline", "probe", "config", "plan", "serve", "submit")
+WITH_OVERRIDES = ("train", "pipeline", "probe", "config", "plan", "serve", "submit", "sweep")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import tyro
 
 from megapsft.cli.engine import ENGINE, EngineOptions
+from megapsft.cli.numbers import numbers_of
 from megapsft.cli.printed import earlier
 from megapsft.cli.prompts import PROMPTS, PromptOptions
 from megapsft.errors import Refused
@@ -71,7 +72,7 @@ def evaluate(
         return _lm_eval(lm_eval, model, folder, engine, _each("--limit", limit, (lm_eval,))[0])
     rewards = [{"name": name} for name in reward]
     needs_reference = any(build_reward(entry)[1].needs_reference for entry in rewards)
-    ks = None if k is None else _numbers("--k", k)
+    ks = None if k is None else numbers_of("--k", k)
     template, tasks = ChatTemplate.load(model), []
     for path, most, responses in zip(data, _each("--limit", limit, data), _each("--n", n, data), strict=True):
         benchmark = load_benchmark(path, template, limit=most, needs_reference=needs_reference, **asdict(prompts))
@@ -125,10 +126,3 @@ def _each(option: str, numbers: tuple[int, ...], files: tuple[Path, ...]) -> lis
         rule = f"has {len(numbers)} numbers for {len(files)} files"
         raise Refused(f"{option} {' '.join(map(str, numbers))}", rule, "give one for all, or one for each")
     return list(numbers or [None]) * (len(files) if len(numbers) < 2 else 1)
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise Refused(f"{option} {text}", "is not a list of numbers", f"write {option} 1,8,32") from None

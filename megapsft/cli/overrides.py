@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 OVERRIDES: list[str] = []  # those of the command that runs
+TAKING = ("--vary",)  # options whose value looks like one
 
 
 def take_overrides(arguments: list[str]) -> list[str]:
     """Put the overrides among `arguments` into OVERRIDES; returns the others."""
-    OVERRIDES[:] = [argument for argument in arguments if _is_override(argument)]
-    return [argument for argument in arguments if not _is_override(argument)]
+    taken = [
+        _is_override(argument) and before not in TAKING for before, argument in zip(["", *arguments], arguments, strict=False)
+    ]
+    OVERRIDES[:] = [argument for argument, is_one in zip(arguments, taken, strict=True) if is_one]
+    return [argument for argument, is_one in zip(arguments, taken, strict=True) if not is_one]
 
 
 def _is_override(argument: str) -> bool:

@@ -111,4 +111,5 @@ METRICS: dict[str, str] = {
     "data/samples": "samples",
     "perf/tokens_per_second": "real tokens a second over all ranks",
     "perf/seconds": "wall-clock seconds",
+    "perf/memory_bytes": "of a step: most bytes that any rank has held so far; on a GPU allocated by torch, else resident",
 }

@@ -31,6 +31,7 @@ from megapsft.data.prompts import Prompts
 from megapsft.errors import Refused, TrainingStopped
 from megapsft.metrics.sinks import Sinks, TensorBoard, WandB
 from megapsft.platform.hang import HangWatch, Heartbeat
+from megapsft.platform.memory import memory_of_fullest_rank
 from megapsft.policy.build import Policy, build_chunks, distribute, half, transformer_config
 from megapsft.policy.critic import with_value_heads
 from megapsft.policy.reference import Copied, Reference, Swapped
@@ -172,7 +173,7 @@ class Run:
             )
 
     def log_step(self, step: int, phase: Phase) -> None:
-        """Write the step's own record: token means of its updates, and the entropy of the policy at its start."""
+        """Collective. Write the step's own record: token means of its updates, and the entropy of the policy at its start."""
         reports, self.reports = self.reports, []
         self.heart.end()
         self.done.step = step + 1
@@ -204,6 +205,7 @@ class Run:
                 weighted = sum(v * r["data/trained_tokens"] for v, r in zip(values, reports, strict=True))
                 record[key] = weighted / tokens if tokens else 0.0
         record["perf/tokens_per_second"] = record["data/real_tokens"] / record["perf/seconds"]
+        record["perf/memory_bytes"] = float(memory_of_fullest_rank(self.policy.device))
         record |= self.source.metrics
         best = record.get(self.plan.config.checkpoint.best_metric)
         if best is not None and math.isfinite(best) and step >= phase.policy_from:  # before, the policy was not trained

@@ -68,7 +68,10 @@ def load_cluster(path: Path | None, overrides: Sequence[str] = ()) -> ClusterCon
     """
     tree = read_yaml(path) if path is not None else {}
     for override in overrides:
-        merge(tree, parse_override(override))
+        key, _, value = override.partition("=")
+        merge(tree, {key: value} if key == "time" else parse_override(override))
+    if isinstance(tree.get("time"), int):  # YAML reads 4:00:00 as a number to the base of 60
+        raise Refused(f"time={tree['time']}", "is a number to YAML", 'write it in quotes: time: "4:00:00"')
     cluster = build(ClusterConfig, tree)
     if not TIME.fullmatch(cluster.time):
         raise Refused(f"time={cluster.time}", "is not a time limit of Slurm", "write HH:MM:SS, D-HH:MM:SS or minutes")

@@ -22,7 +22,9 @@ from megapsft.errors import Refused
 from megapsft.parallel import plan_mesh
 from megapsft.platform.cpu import has_cuda
 from megapsft.policy.build import model_shape
+from megapsft.train.phases import phases
 from megapsft.train.plan import plan_run, run_folder, to_yaml
+from megapsft.train.rollout_options import DEFAULTS, OF_SERVERS_STARTED, check_options
 
 Via = Literal["sbatch", "nemo-run"]
 
@@ -117,12 +119,23 @@ def _check_run(config_file: Path, config: Config, cluster: ClusterConfig, nodes:
             rule = f"needs {found.peak / 2**30:.0f} GiB of a GPU's {found.usable / 2**30:.0f} on {nodes} nodes of {cluster.gpu}"
             raise Refused(str(config_file), rule, "`megapsft plan` says where they go, and which splits fit")
     if on_gpus and not has_cuda():
-        return ["options of GPUs, model and data are checked when the job starts: there is no GPU here"]
+        phases(config)
+        check_options(_as_on_gpus(config))
+        return ["model and data are checked when the job starts: there is no GPU here"]
     missing = [path for path in (config.model.path, config.data.path) if not path or not Path(path).exists()]
     if missing:
         return [f"{', '.join(path or 'data.path' for path in missing)} is not on this machine: checked when the job starts"]
     plan_run(config, world)
     return []
+
+
+def _as_on_gpus(config: Config) -> Config:
+    """Its rollouts as they can be checked where there is no GPU, and no SGLang."""
+    rollout = replace(config.rollout, fp8=False)
+    if rollout.engine == "sglang" and not rollout.urls:
+        started = {key: getattr(DEFAULTS, key) for key in OF_SERVERS_STARTED}
+        rollout = replace(rollout, urls=("http://elsewhere",), **started)
+    return replace(config, rollout=rollout)
 
 
 def _check_servers(config: Config, cluster: ClusterConfig, nodes: int, rollout_nodes: int) -> None:
