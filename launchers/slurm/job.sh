@@ -125,7 +125,7 @@ start_servers() {
 }
 
 # At the end, however it came: servers end; a run that was stopped before the time was over goes back into the queue; of one that
-# failed, the last lines of the rank that ended first.
+# failed, the last lines of the rank that ended first; its exit code is the job's.
 finish() {
   local code=$? server step before rank host status
   trap - EXIT
@@ -139,8 +139,10 @@ finish() {
       done < <(sort -n "$ATTEMPT/failures")
       say "rank $rank on $host ended with exit code $status, before others; the end of $ATTEMPT/rank-$rank.log:"
       tail -n 40 "$ATTEMPT/rank-$rank.log"
+      code=$status  # that of srun is of ranks that were ended because of it
     fi
-    exit $code
+    stacks
+    exit "$code"
   fi
   if [ ! -e "$RUN/stopped.json" ]; then
     export_model && say "done"
@@ -167,6 +169,15 @@ export_model() {
   if [ -z "${MEGAPSFT_EXPORT:-}" ] || [ -e "$MEGAPSFT_EXPORT" ]; then return 0; fi
   say "writes the model to $MEGAPSFT_EXPORT"
   megapsft export "$RUN" --out "$MEGAPSFT_EXPORT"
+}
+
+# Where the ranks were when they found that they hang: the stacks of 16 of them at most.
+stacks() {
+  local files file
+  mapfile -t files < <(sed -n 's/.*; stacks: //p' "$ATTEMPT"/rank-*.log 2>/dev/null)
+  [ ${#files[@]} -gt 0 ] || return
+  say "${#files[@]} ranks wrote their stacks, to $RUN/stacks:"
+  for file in "${files[@]:0:16}"; do cat "$file"; echo; done
 }
 
 requeue() {

@@ -71,14 +71,19 @@ judge() {
 # exclude NODES: the job goes back into the queue, held, and a small job on another node lets it go without them: from within,
 # while it runs, Slurm does not change which nodes a job may have.
 exclude() {
-  local job=${SLURM_HET_JOB_ID:-$SLURM_JOB_ID} file=$RUN/slurm/$SLURM_JOB_ID.excluded times list helper
+  local job=${SLURM_HET_JOB_ID:-$SLURM_JOB_ID} file=$RUN/slurm/$SLURM_JOB_ID.excluded times named list helper
   times=$(grep -c '' "$file" 2>/dev/null)
   if [ "${times:-0}" -ge 3 ]; then
     say "nodes were excluded three times, and there are bad ones again: $1"
     return
   fi
-  list=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*ExcNodeList=\([^ ]*\).*/\1/p' | head -n 1)
-  if [ -z "$list" ] || [ "$list" = "(null)" ]; then list=$1; else list=$list,$1; fi
+  named=$(nodes_of ReqNodeList)
+  if [ -n "$named" ]; then
+    say "cannot run elsewhere, since it was submitted with --nodelist=$named; bad: $1"
+    return
+  fi
+  list=$(nodes_of ExcNodeList)
+  list=${list:+$list,}$1
   if ! helper=$(sbatch --parsable --job-name="$SLURM_JOB_NAME-exclude" --output="$file.log" --open-mode=append --time=60 \
     --nodes=1 --ntasks=1 --exclude="$list" --partition="$SLURM_JOB_PARTITION" ${SLURM_JOB_ACCOUNT:+--account="$SLURM_JOB_ACCOUNT"} \
     ${SLURM_JOB_QOS:+--qos="$SLURM_JOB_QOS"} "$MEGAPSFT_HOME/launchers/slurm/exclude.sh" "$job" "$SLURM_JOB_ID" "$list"); then
@@ -91,3 +96,6 @@ exclude() {
   scontrol requeuehold "$job" || { scancel "${helper%%;*}"; say "cannot be requeued; submit it again with --exclude=$list"; exit 1; }
   sleep 60 # until Slurm ends this shell
 }
+
+# nodes_of FIELD: what scontrol says of this job there; nothing where there is nothing
+nodes_of() { scontrol show job "$SLURM_JOB_ID" | sed -n "s/.*\<$1=\([^ ]*\).*/\1/p" | head -n 1 | sed '/^(null)$/d'; }

@@ -14,7 +14,7 @@ from megapsft.checkpoint.hf_save import MANIFEST
 from megapsft.cluster.slurm import client, records
 from megapsft.cluster.slurm.config import ClusterConfig
 from megapsft.cluster.slurm.script import Script
-from megapsft.cluster.slurm.submit import Prepared, Via, check_alone, new_stamp, prepare, send, submit
+from megapsft.cluster.slurm.submit import Prepared, Via, check_alone, has_servers, new_stamp, prepare, send, submit
 from megapsft.config import Config, RunConfig
 from megapsft.errors import Refused
 from megapsft.pipeline.config import PipelineConfig, stage_config
@@ -81,7 +81,7 @@ def prepare_chain(
         config = stage_config(pipeline, number)
         try:
             prepared = prepare(
-                Path(stage.config), config, cluster, nodes=nodes, rollout_nodes=rollout_nodes if _is_served(config) else 0,
+                Path(stage.config), config, cluster, nodes=nodes, rollout_nodes=rollout_nodes if has_servers(config) else 0,
                 export=export, options=options, checked=_checked(pipeline, number, config),
             )  # fmt: skip
         except Refused as error:
@@ -93,10 +93,6 @@ def prepare_chain(
     if not stages and not compare:
         raise Refused(pipeline.run.dir, "is done, and compare.data names no file", "give another run.dir to begin anew")
     return Chain(pipeline=replace(pipeline, stages=tuple(given)), stages=stages, compare=compare, after=tuple(after))
-
-
-def _is_served(config: Config) -> bool:
-    return config.data.kind == "prompts" and config.rollout.engine == "sglang" and not config.rollout.urls
 
 
 def _checked(pipeline: PipelineConfig, number: int, config: Config) -> Config | None:

@@ -4,6 +4,7 @@ job ends. Not here: GPUs (tests/cluster/preflight).
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.jobs import ROOT
+from tests.slurm.runs import PSFT, measured, options
+from tests.slurm.runs import submit as submit_run
 
 pytestmark = pytest.mark.slurm
 
@@ -42,8 +45,6 @@ def verdict(run: Path, job: int, restart: int = 0) -> dict:
 @contextmanager
 def another_version(cluster, node: str, package: str, folder: Path) -> Iterator[None]:
     """On that node alone the package is of version 9.9.9, as far as its metadata says."""
-    import importlib.metadata
-
     metadata = Path(importlib.metadata.distribution(package)._path) / "METADATA"
     old = importlib.metadata.version(package)
     (folder / "METADATA").write_text(metadata.read_text().replace(f"\nVersion: {old}\n", "\nVersion: 9.9.9\n", 1))
@@ -86,16 +87,24 @@ def test_good_nodes_go_on(jobs, run):
     assert "ranks on node[1-2]\n" in log
 
 
-def test_a_node_with_another_version_is_excluded_and_the_job_goes_on_under_its_number(cluster, jobs, run, tmp_path):
-    with another_version(cluster, "node3", "transformers", tmp_path):
-        job = submit(jobs, run, "--nodes=3", "--exclude=node5,node6")
+def test_a_node_with_another_version_is_excluded_and_the_run_goes_on_under_its_number(
+    cluster, jobs, run, tiny_models, tiny_data, tmp_path
+):
+    """Two nodes cannot tell which of them is right: the machine that submitted can."""
+    given = options(tiny_models("qwen3"), tiny_data, run, "parallel.tensor_model_parallel_size=2")
+    with another_version(cluster, "node1", "transformers", tmp_path):
+        job = submit_run(jobs, str(PSFT), "--nodes", "2", "--option=--exclude=node4,node5,node6", *given)
         shown = jobs.completes(job)
-    assert (shown["Restarts"], shown["NodeList"]) == ("1", "node[1-2,4]")
+    assert (shown["Restarts"], shown["NodeList"]) == ("1", "node[2-3]")
     found = verdict(run, job)
-    assert found["bad"] == ["node3"]
+    assert found["bad"] == ["node1"]
     (wrong,) = found["wrong"]
-    assert (wrong["node"], wrong["value"]) == ("node3", "transformers 9.9.9")
-    assert "ranks on node[1-2,4]\n" in jobs.log(job).read_text()
+    assert (wrong["node"], wrong["value"]) == ("node1", "transformers 9.9.9")
+    assert wrong["rule"].endswith("as where the job was submitted")
+    log = jobs.log(job).read_text()
+    assert "preflight: bad: node1\n" in log
+    assert "preflight: 2 nodes are good" in log
+    assert len(measured(run)[0]) == 20
 
 
 def test_a_node_that_does_not_share_the_folder_is_bad(cluster, jobs, run):

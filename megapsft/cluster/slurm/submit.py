@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ from typing import Literal
 from megapsft.cluster.estimate import estimate
 from megapsft.cluster.hardware import Machines, gpu_named
 from megapsft.cluster.model_folder import shape_of_model
+from megapsft.cluster.preflight import packages
 from megapsft.cluster.slurm import client, records
 from megapsft.cluster.slurm.config import ClusterConfig
 from megapsft.cluster.slurm.nemo import through_nemo_run
@@ -138,9 +140,14 @@ def _as_on_gpus(config: Config) -> Config:
     return replace(config, rollout=rollout)
 
 
+def has_servers(config: Config) -> bool:
+    """Whether SGLang servers are to be started for the run's rollouts."""
+    return config.data.kind == "prompts" and config.rollout.engine == "sglang" and not config.rollout.urls
+
+
 def _check_servers(config: Config, cluster: ClusterConfig, nodes: int, rollout_nodes: int) -> None:
     rollout, given = config.rollout, f"--rollout-nodes {rollout_nodes}"
-    served = rollout.engine == "sglang" and config.data.kind == "prompts" and not rollout.urls
+    served = has_servers(config)
     if rollout_nodes and not served:
         rule = "are for SGLang servers, and this run starts none"
         raise Refused(given, rule, "set rollout.engine=sglang without rollout.urls, or leave it out")
@@ -162,9 +169,16 @@ def submit(prepared: Prepared, via: Via = "sbatch") -> str:
         Refused: a job of the same run that is not over; as `send`.
     """
     check_alone(prepared.script.run)
+    _write(prepared)
+    return send(prepared.script, prepared.script_file, via)
+
+
+def _write(prepared: Prepared) -> None:
+    """RUN/slurm: the config as it is now, and where the nodes use this very interpreter, what is installed."""
     prepared.folder.mkdir(parents=True, exist_ok=True)
     prepared.config_file.write_text(to_yaml(prepared.config))
-    return send(prepared.script, prepared.script_file, via)
+    if prepared.script.cluster.container is None and prepared.script.environment["MEGAPSFT_PYTHON"] == sys.executable:
+        packages.record(prepared.folder)
 
 
 def send(script: Script, file: Path, via: Via = "sbatch") -> str:
