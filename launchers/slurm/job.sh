@@ -61,6 +61,7 @@ ready() {
 }
 
 train() {
+  set -- "${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}" # of an array (sbatch --array=1-3) each job has its run.dir, and its seed
   ready "$@"
   "${STEP[@]}" "${HERE[@]}" --kill-on-bad-exit=1 --wait=60 --output="$ATTEMPT/rank-%t.log" \
     bash "$MEGAPSFT_HOME/launchers/slurm/rank.sh" train "$@" "${OVERRIDES[@]}"

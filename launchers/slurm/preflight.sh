@@ -26,7 +26,10 @@ preflight() {
     while read -ra round; do
       steps=()
       for pair in "${round[@]}"; do
-        examine --overlap --nodes=2 --ntasks=2 --ntasks-per-node=1 --nodelist="$pair" -- --pair "$pair" &
+        {
+          unset MASTER_ADDR MASTER_PORT # each pair meets by itself
+          examine --overlap --nodes=2 --ntasks=2 --ntasks-per-node=1 --nodelist="$pair" -- --pair "$pair"
+        } &
         steps+=($!)
       done
       wait "${steps[@]}"

@@ -50,19 +50,20 @@ def test_two_nodes_train_what_one_does(split, jobs, tiny_models, tiny_data, tmp_
 
 
 def test_a_rank_that_fails_is_named_with_what_it_said(jobs, tiny_models, tiny_data, tmp_path):
-    """It is not requeued, and its log comes first."""
+    """It is not requeued, and its log comes first; in a folder whose name has a space."""
     (tmp_path / "broken.py").write_text(
         "import os\nfrom dataclasses import dataclass\nfrom megapsft.objectives.psft import PSFT\n\n\n"
         "@dataclass(frozen=True, kw_only=True)\nclass Broken(PSFT):\n    def __call__(self, output, batch):\n"
         "        if os.environ['RANK'] == '1':\n            raise RuntimeError('a bit has flipped')\n"
         "        return super().__call__(output, batch)\n"
     )
-    run = tmp_path / "run"
+    run = tmp_path / "a run"
     given = options(tiny_models("qwen3"), tiny_data, run, SPLITS["tp2"], f"objective.name={tmp_path / 'broken.py'}")
     job = submit(jobs, str(PSFT), "--nodes", "2", *on("node1", "node2"), *given)
     shown = jobs.wait(job)
     assert (shown["JobState"], shown["Restarts"]) == ("FAILED", "0")
-    for text in (jobs.log(job).read_text(), megapsft("logs", str(run), **jobs.cluster.environment).stdout):
+    log = (run / f"slurm/{job}.log").read_text()
+    for text in (log, megapsft("logs", str(run), **jobs.cluster.environment).stdout):
         assert "rank 1 on node2 ended with exit code 1" in text
         assert "RuntimeError: a bit has flipped" in text
 
@@ -100,6 +101,22 @@ def test_cancelled_while_it_waits_and_while_it_runs(jobs, tiny_models, tiny_data
     assert jobs.wait(job)["JobState"] == "CANCELLED"
     assert jobs.show(other)["JobState"] == "RUNNING"  # nobody else's job was touched
     jobs.cancel()
+
+
+def test_an_array_is_a_run_for_each_number(jobs, tiny_models, tiny_data, tmp_path):
+    given = options(tiny_models("qwen3"), tiny_data, tmp_path / "seed-%a", "train.seed=%a", "train.steps=1")
+    job = jobs.sbatch(
+        "--array=1-2", "--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0", "--nodelist=node1", "--oversubscribe",
+        f"--export=ALL,MEGAPSFT_PYTHON={sys.executable}", f"--chdir={ROOT}", f"--output={tmp_path}/%j.log",
+        "launchers/slurm/train.sbatch", str(PSFT), *given,
+    )  # fmt: skip
+    for task in (1, 2):
+        jobs.completes(f"{job}_{task}")
+        run = tmp_path / f"seed-{task}"
+        assert f"seed: {task}\n" in (run / "config.yaml").read_text()
+        (told,) = json.loads(megapsft("status", str(run), "--json", **jobs.cluster.environment).stdout)["jobs"]
+        assert told["state"] == "COMPLETED"
+    assert measured(tmp_path / "seed-1") != measured(tmp_path / "seed-2")
 
 
 def test_a_command_as_a_job(jobs, tiny_data, tmp_path):

@@ -104,15 +104,14 @@ def _versions(nodes: Sequence[str], findings: Sequence[Finding]) -> dict[str, di
 
 
 def _blamed(nodes: Sequence[str], wrong: Sequence[Finding]) -> tuple[str, ...]:
-    """The nodes that are to blame. What fails on all, or all but the first, of a check between nodes, says nothing of those."""
+    """Who is to blame. What is wrong with all says nothing of any; what all but the first do not see is the fault of that one."""
     blamed = set()
     for check in {finding.check for finding in wrong}:
         of_check = {finding.node for finding in wrong if finding.check == check}
-        if check in (ANSWER, SHARED) and len(nodes) > 1:
-            if of_check == set(nodes):
-                continue
-            if of_check == set(nodes[1:]) and len(nodes) > 2:  # they are right, and it is the first that is elsewhere
-                of_check = {nodes[0]}
+        if len(nodes) > 1 and of_check == set(nodes):
+            continue
+        if len(nodes) > 2 and check in (ANSWER, SHARED) and of_check == set(nodes[1:]):
+            of_check = {nodes[0]}
         blamed |= of_check
     return tuple(node for node in nodes if node in blamed)
 

@@ -9,6 +9,7 @@ import pytest
 from megapsft.cluster.preflight.finding import Finding, read
 from megapsft.cluster.preflight.judge import BAD_NODES, GOOD, NOBODY, TRY_PAIRS, judge, judge_folder, rounds_of
 from megapsft.cluster.preflight.packages import compare
+from megapsft.cluster.slurm.script import LAUNCHERS
 from megapsft.errors import Refused
 
 FOUR = ("node1", "node2", "node3", "node4")
@@ -65,6 +66,14 @@ def test_what_a_node_finds_of_itself_is_its_own_fault_and_those_of_two_are_both_
     told = [*answers(), found("node4", "clocks", False, "GPU 3"), found("node2", "port", False, "port 20001 is taken")]
     verdict = judge(FOUR, told, {})
     assert (verdict.code, verdict.bad) == (BAD_NODES, ("node2", "node4"))
+
+
+def test_what_is_wrong_with_all_is_the_jobs_fault_and_with_the_only_one_its_own():
+    """Such as tasks that are bound to a GPU each."""
+    verdict = judge(FOUR, [*answers(), *(found(node, "device", False) for node in FOUR)], {})
+    assert (verdict.code, verdict.bad) == (NOBODY, ())
+    verdict = judge(FOUR[:1], [*answers(FOUR[:1]), found("node1", "device", False)], {})
+    assert (verdict.code, verdict.bad) == (BAD_NODES, ("node1",))
 
 
 def test_a_run_folder_without_room_is_no_nodes_fault():
@@ -166,6 +175,11 @@ def test_a_folder_is_judged_and_told(tmp_path):
 def test_where_the_answers_are_not_seen_nobody_judges(tmp_path):
     with pytest.raises(Refused, match="answers: is not here"):
         judge_folder(tmp_path, FOUR)
+
+
+def test_the_batch_script_knows_the_same_codes():
+    script = (LAUNCHERS / "preflight.sh").read_text()
+    assert f"readonly GOOD={GOOD} BAD_NODES={BAD_NODES} NOBODY={NOBODY} TRY_PAIRS={TRY_PAIRS} " in script
 
 
 def test_a_finding_that_is_too_long_for_a_line_of_srun_is_cut_and_still_read():
