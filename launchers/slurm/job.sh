@@ -53,19 +53,19 @@ open_attempt() {
   say "restart ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST, of $RUN; logs in $ATTEMPT"
 }
 
-train() {
-  set -- "${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}" # of an array (sbatch --array=1-3) each job has its run.dir, and its seed
+# All that comes before the ranks
+ready() {
   prepare "$@"
   preflight
   start_servers "$@"
+}
+
+train() {
+  set -- "${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}" # of an array (sbatch --array=1-3) each job has its run.dir, and its seed
+  ready "$@"
   "${STEP[@]}" "${HERE[@]}" --kill-on-bad-exit=1 --wait=60 --output="$ATTEMPT/rank-%t.log" \
     bash "$MEGAPSFT_HOME/launchers/slurm/rank.sh" train "$@" "${OVERRIDES[@]}"
-  local code=$?
-  if [ $code -eq 0 ] && [ ! -e "$RUN/stopped.json" ] && [ -n "${MEGAPSFT_EXPORT:-}" ] && [ ! -e "$MEGAPSFT_EXPORT" ]; then
-    say "writes the model to $MEGAPSFT_EXPORT"
-    megapsft export "$RUN" --out "$MEGAPSFT_EXPORT" || code=$?
-  fi
-  exit $code
+  exit $?
 }
 
 # A command that goes on where it was killed: it is killed before the time is over, and goes back into the queue.
@@ -130,6 +130,7 @@ start_servers() {
 finish() {
   local code=$? server step before rank host status
   trap - EXIT
+  set +e # which nemo-run's scripts set
   for server in "${SERVERS[@]}"; do kill "$server" 2>/dev/null; done
   if [ $code -ne 0 ]; then
     say "ended with exit code $code"
@@ -144,10 +145,14 @@ finish() {
     stacks
     exit "$code"
   fi
-  [ -e "$RUN/stopped.json" ] || { say "done"; exit 0; }
+  if [ ! -e "$RUN/stopped.json" ]; then
+    export_model && say "done"
+    exit $?
+  fi
   step=$(sed -n 's/.*"step": *\([0-9]*\).*/\1/p' "$RUN/stopped.json")
   if grep -q '"reason": "file"' "$RUN/stopped.json" && [ ! -e "$ATTEMPT/signalled" ]; then
     say "stopped after step $step, as $RUN/stop asked; submit it again to go on"
+    [ -z "${MEGAPSFT_EXPORT:-}" ] || exit 75 # jobs that wait for the model are not to start
     exit 0
   fi
   before=$(cat "$RUN/slurm/$SLURM_JOB_ID.step" 2>/dev/null || echo -1)
@@ -158,6 +163,13 @@ finish() {
   echo "$step" >"$RUN/slurm/$SLURM_JOB_ID.step"
   say "stopped after step $step"
   requeue
+}
+
+# What is there already was written by an earlier attempt, and is whole.
+export_model() {
+  if [ -z "${MEGAPSFT_EXPORT:-}" ] || [ -e "$MEGAPSFT_EXPORT" ]; then return 0; fi
+  say "writes the model to $MEGAPSFT_EXPORT"
+  megapsft export "$RUN" --out "$MEGAPSFT_EXPORT"
 }
 
 # Where the ranks were when they found that they hang: the stacks of 16 of them at most.

@@ -103,7 +103,7 @@ def plan_stage(pipeline: PipelineConfig, number: int) -> Stage:
     )
     if not stage.checked:  # whatever stands in the run's folder is another run than this one
         config = dataclasses.replace(config, run=RunConfig(dir=str(stage.folder / "checked")))
-    plan = plan_run(_with_first_model(config, to_come, pipeline.model), _world(config))
+    plan = plan_run(with_first_model(config, to_come, pipeline.model), _world(config))
     if stage.done and stage.checked:
         _check_done(stage, plan)
     return stage
@@ -119,7 +119,7 @@ def _check_done(stage: Stage, plan: RunPlan) -> None:
         raise Refused(f"train.steps={stage.config.train.steps}", rule, "give the old value, or use another run.dir")
 
 
-def _with_first_model(config: Config, to_come: set[str], model: str) -> Config:
+def with_first_model(config: Config, to_come: set[str], model: str) -> Config:
     """The config with the first model for those that are not there yet."""
 
     def there(section: ModelConfig | ReferenceConfig | CriticConfig) -> Any:

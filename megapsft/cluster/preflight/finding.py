@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 LONGEST = 900  # bytes of a line; srun breaks lines of more than 1024
-LINE = re.compile(r"^(?:\d+: )?(\{\"node\": .*\})$")  # with srun's label, or without
+LABELLED = re.compile(r"(?:(\d+): )?(.*)")  # by srun, or not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,25 @@ class Finding:
 
 
 def read(lines: Iterable[str]) -> list[Finding]:
-    """Those among lines that may hold anything else too."""
-    found = (LINE.match(line.rstrip("\n")) for line in lines)
-    return [Finding(**json.loads(line[1])) for line in found if line]
+    """Those among lines that may hold anything else too.
+
+    srun takes what a task has printed in pieces of 1024 bytes and ends a line where a piece ends: what is not whole is gone on
+    with by the next line of the same task, which may come after some of others.
+    """
+    found, begun = [], {}
+    for line in lines:
+        label, text = LABELLED.fullmatch(line.rstrip("\n")).groups()
+        text = text if text.startswith("{") else begun.pop(label, "") + text
+        if not text.startswith("{"):
+            continue
+        try:
+            told = json.loads(text)
+        except ValueError:
+            begun[label] = text
+            continue
+        if told.keys() == Finding.__dataclass_fields__.keys():
+            found.append(Finding(**told))
+    return found
 
 
 def good(check: str, value: str) -> Finding:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 from megapsft.cluster.estimate import estimate
 from megapsft.cluster.hardware import Machines, gpu_named
@@ -15,6 +16,7 @@ from megapsft.cluster.model_folder import shape_of_model
 from megapsft.cluster.preflight import packages
 from megapsft.cluster.slurm import client, records
 from megapsft.cluster.slurm.config import ClusterConfig
+from megapsft.cluster.slurm.nemo import through_nemo_run
 from megapsft.cluster.slurm.records import Record
 from megapsft.cluster.slurm.script import Script, lint
 from megapsft.config import Config
@@ -25,6 +27,8 @@ from megapsft.policy.build import model_shape
 from megapsft.train.phases import phases
 from megapsft.train.plan import plan_run, run_folder, to_yaml
 from megapsft.train.rollout_options import DEFAULTS, OF_SERVERS_STARTED, check_options
+
+Via = Literal["sbatch", "nemo-run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,7 @@ def prepare(
     export: Path | None = None,
     after: Sequence[str] = (),
     options: Sequence[str] = (),
+    checked: Config | None = None,
 ) -> Prepared:
     """Check a run as far as this machine can, and make the script of its job.
 
@@ -69,6 +74,7 @@ def prepare(
         export: folder for the model, once it is trained.
         after: numbers of jobs that have to succeed before.
         options: more options of sbatch.
+        checked: what is checked in place of the config, where models that it names are yet to be made.
 
     Raises:
         Refused: a split that does not fit the model, the nodes or the memory of their GPUs; servers that do not fit; what
@@ -85,15 +91,19 @@ def prepare(
     if cluster.sglang_python and config.rollout.engine == "sglang" and config.rollout.python is None:
         config = replace(config, rollout=replace(config.rollout, python=cluster.sglang_python))
     _check_servers(config, cluster, nodes, rollout_nodes)
-    notes = _check_run(config_file, config, cluster, nodes)
-    stamp = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    notes = _check_run(config_file, checked or config, cluster, nodes)
     run = run_folder(config).absolute()
     script = Script(
         cluster=cluster, name=f"megapsft-{run.name}", function="train", arguments=(), run=run, nodes=nodes,
         rollout_nodes=rollout_nodes, export=export, after=tuple(after), options=tuple(options),
     )  # fmt: skip
-    prepared = Prepared(script=script, config=config, stamp=stamp, notes=tuple(notes))
+    prepared = Prepared(script=script, config=config, stamp=new_stamp(), notes=tuple(notes))
     return replace(prepared, script=replace(script, arguments=(str(prepared.config_file),)))
+
+
+def new_stamp() -> str:
+    """For the names of files under RUN/slurm."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def _check_run(config_file: Path, config: Config, cluster: ClusterConfig, nodes: int) -> list[str]:
@@ -130,9 +140,14 @@ def _as_on_gpus(config: Config) -> Config:
     return replace(config, rollout=rollout)
 
 
+def has_servers(config: Config) -> bool:
+    """Whether SGLang servers are to be started for the run's rollouts."""
+    return config.data.kind == "prompts" and config.rollout.engine == "sglang" and not config.rollout.urls
+
+
 def _check_servers(config: Config, cluster: ClusterConfig, nodes: int, rollout_nodes: int) -> None:
     rollout, given = config.rollout, f"--rollout-nodes {rollout_nodes}"
-    served = rollout.engine == "sglang" and config.data.kind == "prompts" and not rollout.urls
+    served = has_servers(config)
     if rollout_nodes and not served:
         rule = "are for SGLang servers, and this run starts none"
         raise Refused(given, rule, "set rollout.engine=sglang without rollout.urls, or leave it out")
@@ -147,38 +162,48 @@ def _check_servers(config: Config, cluster: ClusterConfig, nodes: int, rollout_n
         raise Refused(f"rollout.servers={rollout.servers}", rule, "use fewer on each node, or a smaller tensor_parallel_size")
 
 
-def write(prepared: Prepared) -> None:
-    """RUN/slurm: the config as it is now, the script, and where the nodes use this very interpreter, what is installed."""
+def submit(prepared: Prepared, via: Via = "sbatch") -> str:
+    """Write down the config as it is now, and submit the job; its number.
+
+    Raises:
+        Refused: a job of the same run that is not over; as `send`.
+    """
+    check_alone(prepared.script.run)
+    _write(prepared)
+    return send(prepared.script, prepared.script_file, via)
+
+
+def _write(prepared: Prepared) -> None:
+    """RUN/slurm: the config as it is now, and where the nodes use this very interpreter, what is installed."""
     prepared.folder.mkdir(parents=True, exist_ok=True)
     prepared.config_file.write_text(to_yaml(prepared.config))
-    prepared.script_file.write_text(prepared.script.render())
     if prepared.script.cluster.container is None and prepared.script.environment["MEGAPSFT_PYTHON"] == sys.executable:
         packages.record(prepared.folder)
 
 
-def submit(prepared: Prepared) -> str:
-    """Hand it to sbatch; the number of the job.
+def send(script: Script, file: Path, via: Via = "sbatch") -> str:
+    """Hand a job to sbatch, or to nemo-run, which writes a script of its own; its number, which its run writes down.
 
     Raises:
-        Refused: a job of the same run that is not over, or what sbatch refuses.
+        Refused: what the checks of scripts find; no nemo-run; what sbatch refuses.
     """
-    _check_alone(prepared)
-    lint(prepared.script.render())
-    write(prepared)
-    number = client.submit(prepared.script_file)
-    record(prepared, number)
+    text = script.render()
+    lint(text)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if via == "nemo-run":
+        answer = through_nemo_run(script)
+        text, number = answer.script, answer.number
+        file.write_text(text)
+    else:
+        file.write_text(text)
+        number = client.submit(file)
+    log = str(script.log).replace("%j", number)
+    records.append(script.run, Record(job=number, name=script.name, submitted=records.now(), script=str(file), log=log))
     return number
 
 
-def record(prepared: Prepared, number: str) -> None:
-    script = prepared.script
-    log = str(script.log).replace("%j", number)
-    told = Record(job=number, name=script.name, submitted=records.now(), script=str(prepared.script_file), log=log)
-    records.append(script.run, told)
-
-
-def _check_alone(prepared: Prepared) -> None:
-    run = prepared.script.run
+def check_alone(run: Path) -> None:
+    """Refuse where a job of the same run is not over."""
     if not (records.folder(run) / records.FILE).is_file():
         return
     last = records.read(run)[-1]

@@ -188,3 +188,13 @@ def test_a_finding_that_is_too_long_for_a_line_of_srun_is_cut_and_still_read():
     (back,) = read([f"12: {long.line()}\n"])
     assert (back.node, back.check, back.good, back.remedy) == ("node1", "gpus", False, "short")
     assert '"\\"\\'.startswith(back.value[:4])
+
+
+def test_lines_that_srun_breaks_between_those_of_other_nodes_are_whole_again():
+    """As it printed them on two nodes: a piece ended in the middle of a word, and another node's lines came before the rest."""
+    mine, other = (Finding(node=node, check="packages", good=True, value="sglang 0.5.23") for node in ("node1", "node2"))
+    line = mine.line()
+    for cut in range(1, len(line)):
+        lines = [f"0: {line[:cut]}\n", f"1: {other.line()}\n", "1: noise {\n", f"0: {line[cut:]}\n", f"0: {other.line()}\n"]
+        assert sorted(read(lines), key=lambda finding: finding.node) == [mine, other, other]
+    assert read(["0: {\n", "0: nothing\n", '0: {"json": "of something else"}\n', f"0: {line}\n"]) == [mine]
