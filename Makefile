@@ -5,6 +5,7 @@ FILE ?= tests/oracles/vectors.json
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 shellcheck
 SLURM_PROGRAMS := slurmctld slurmd sbatch munged ip shellcheck
+ON_CLUSTER = $(SUDO) $(PY) -m tests.slurm.cluster run
 .DEFAULT_GOAL := help
 
 ## venv        the environment in .venv; does nothing where nothing changed
@@ -48,22 +49,25 @@ nemo-run: .venv-nemo-run/.installed
 	.venv-nemo-run/bin/python -m pip install --quiet --no-deps -r requirements/nemo-run.txt
 	@touch $@
 
-## test        lint and the whole test suite
-.PHONY: test
-test: venv sglang
-	$(PY) -m ruff check .
-	$(PY) -m pytest -n 2 --dist loadfile -m "not servers and not slurm"
-	$(PY) -m pytest -m servers
-	$(MAKE) test-slurm
-
-## test-slurm  what runs on a cluster: installs Slurm (Debian's) where there is none, starts six nodes, tests, ends them; as root
-.PHONY: test-slurm
-test-slurm: venv sglang nemo-run
+## slurm       Debian's Slurm, where there is none; nothing of it is started. As root, or with sudo
+.PHONY: slurm
+slurm:
 	@PATH=$$PATH:/usr/sbin:/sbin; for program in $(SLURM_PROGRAMS); do command -v $$program >/dev/null || missing=1; done; \
 		if [ -n "$${missing:-}" ]; then \
 			$(SUDO) apt-get update -qq && \
 			$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(SLURM_PACKAGES); fi
-	$(SUDO) $(PY) -m tests.slurm.cluster run $(PY) -m pytest -m slurm
+
+## test        lint and the whole test suite
+.PHONY: test
+test: venv sglang nemo-run slurm
+	$(PY) -m ruff check .
+	$(PY) -m pytest -n 2 --dist loadfile -m "not servers and not slurm"
+	$(ON_CLUSTER) $(PY) -m pytest -n 2 --dist loadgroup -m "servers or slurm"
+
+## test-slurm  only what runs on a cluster: six nodes are started on this machine, and ended
+.PHONY: test-slurm
+test-slurm: venv sglang nemo-run slurm
+	$(ON_CLUSTER) $(PY) -m pytest -m slurm
 
 ## test-long   the shipped configs on real rows: make test-long GSM8K=gsm8k-train.jsonl (without it, on generated ones)
 .PHONY: test-long
