@@ -135,9 +135,10 @@ finish() {
   if [ $code -ne 0 ]; then
     say "ended with exit code $code"
     if [ -s "$ATTEMPT/failures" ]; then
-      while read -r _ rank host status; do
-        [ ! -s "$ATTEMPT/rank-$rank.log" ] || break # what all ranks refuse only the first one says
-      done < <(sort -n "$ATTEMPT/failures")
+      read -r _ rank host status < <(sort -n "$ATTEMPT/failures" | while read -r at rank host status; do
+        # what all ranks refuse only the first one says
+        [ ! -s "$ATTEMPT/rank-$rank.log" ] || echo "$at $rank $host $status"
+      done; sort -n "$ATTEMPT/failures")
       say "rank $rank on $host ended with exit code $status, before others; the end of $ATTEMPT/rank-$rank.log:"
       tail -n 40 "$ATTEMPT/rank-$rank.log"
       code=$status  # that of srun is of ranks that were ended because of it
