@@ -15,7 +15,7 @@ from tests.slurm.test_time_limit import SLOW
 
 pytestmark = pytest.mark.slurm
 
-STEPS, UPDATES = 12, 4
+STEPS, UPDATES = 8, 4
 SPARE = "--option=--exclude=node5,node6"  # it starts on node1 and node2, and may go to node3 and node4
 
 

@@ -115,6 +115,23 @@ def test_a_node_that_does_not_share_the_folder_is_bad(cluster, jobs, run):
     assert {(finding["node"], finding["check"]) for finding in verdict(run, job)["wrong"]} == {("node2", "shared folder")}
 
 
+@pytest.mark.parametrize(
+    ("where", "before", "said"),
+    [
+        ("--nodelist=node1,node2", "", "cannot run elsewhere, since it was submitted with --nodelist=node[1-2]; bad: node2"),
+        ("--exclude=node4,node5,node6", "a\\nb\\nc\\n", "nodes were excluded three times, and there are bad ones again: node2"),
+    ],
+    ids=["named", "thrice"],
+)
+def test_a_job_that_cannot_do_without_its_bad_node_ends(where, before, said, cluster, jobs, run):
+    body = JOB.replace("\npreflight\n", f"\nprintf '{before}' >$RUN/slurm/$SLURM_JOB_ID.excluded\npreflight\n")
+    with not_shared(cluster, "node2", run):
+        job = submit(jobs, run, "--nodes=2", where, body=body)
+        shown = jobs.wait(job)
+    assert (shown["JobState"], shown["ExitCode"], shown["Restarts"]) == ("FAILED", "69:0", "0")
+    assert said in jobs.log(job).read_text()
+
+
 def test_a_node_that_the_others_do_not_reach_is_found_by_pairs(cluster, jobs, run):
     with firewall(cluster, "node3"):
         job = submit(jobs, run, "--nodes=3", "--exclude=node5,node6")

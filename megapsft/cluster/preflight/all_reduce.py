@@ -61,6 +61,13 @@ def _all_reduce(on_gpus: bool, nbytes: int, seconds: float) -> float:
         RuntimeError: not reached, or another sum than it should be.
     """
     dist.init_process_group("nccl" if on_gpus else "gloo", timeout=datetime.timedelta(seconds=seconds))
+    try:
+        return _repeated(on_gpus, nbytes)
+    finally:
+        dist.destroy_process_group()  # its threads are not to outlive the interpreter
+
+
+def _repeated(on_gpus: bool, nbytes: int) -> float:
     rank, world, times = dist.get_rank(), dist.get_world_size(), []
     for _ in range(1 + REPEATS):  # the first makes the connections
         values = torch.full((nbytes // 4,), float(rank + 1), device="cuda" if on_gpus else "cpu")
