@@ -64,7 +64,7 @@ def _all_reduce(on_gpus: bool, nbytes: int, seconds: float) -> float:
     try:
         return _repeated(on_gpus, nbytes)
     finally:
-        dist.destroy_process_group()  # its threads are not to outlive the interpreter
+        dist.destroy_process_group()  # or its threads, which hold tensors, outlive the interpreter: SIGABRT
 
 
 def _repeated(on_gpus: bool, nbytes: int) -> float:
@@ -80,7 +80,6 @@ def _repeated(on_gpus: bool, nbytes: int) -> float:
         if not low == high == wanted:
             raise RuntimeError(f"gives {low:g} ... {high:g} instead of {wanted:g}")
     dist.barrier()  # the first rank, which has the store, does not leave before the others
-    dist.destroy_process_group()  # or its threads, which hold tensors, outlive the interpreter: SIGABRT
     return statistics.median(times[1:])
 
 
