@@ -20,7 +20,12 @@ def preflight(
     megabytes: float = 8.0,
     seconds: float = 150.0,
 ) -> int:
-    """Check the nodes of a job: srun megapsft preflight FOLDER, one task a rank. Jobs of launchers/slurm do so by themselves.
+    """Check the nodes of a job, one task a rank. Jobs of launchers/slurm do so by themselves.
+
+    For example:
+        echo here > checks/canary     (in an allocation of two nodes, in a folder that both see)
+        srun --nodes 2 --ntasks-per-node 8 --label megapsft preflight checks --token here > checks/answers
+        megapsft preflight checks --judge node1 node2
 
     Each finding is printed as a line of JSON. What all tasks have printed, in FOLDER/answers, `--judge` makes a verdict of: exit
     code 0 where all is good, 69 where nodes are bad (FOLDER/bad-nodes), 76 where something is wrong that no node is to blame for,

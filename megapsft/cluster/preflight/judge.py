@@ -53,7 +53,7 @@ def judge_folder(folder: Path, nodes: Sequence[str]) -> Verdict:
     if not answers.is_file():
         raise Refused(str(answers), "is not here", "judge on a node that shares the folder with the first one")
     findings = read(answers.read_text(errors="replace").splitlines())
-    recorded = folder.parents[1] / packages.FILE  # RUN/slurm/<job>.<restart>/preflight -> RUN/slurm
+    recorded = folder.absolute().parents[1] / packages.FILE  # RUN/slurm/<job>.<restart>/preflight -> RUN/slurm
     verdict = judge(nodes, findings, json.loads(recorded.read_text()) if recorded.is_file() else {})
     told = asdict(verdict) | {"findings": [asdict(finding) for finding in findings]}
     (folder / VERDICT_FILE).write_text(json.dumps(told, indent=1) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -159,14 +160,16 @@ def test_one_node_whose_ranks_do_not_reach_one_another_is_bad():
     assert judge(FOUR[:1], without_network(FOUR[:1]), {}).bad == ("node1",)
 
 
-def test_a_folder_is_judged_and_told(tmp_path):
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_folder_is_judged_and_told(relative, tmp_path, monkeypatch):
     folder = tmp_path / "slurm/7.0/preflight"
     folder.mkdir(parents=True)
     noise = ["3: a warning of some library", "{}", '{"node": 1', "", "slurmstepd: error: ..."]
     told = answers(torch={"node1": "1", "node2": "1", "node3": "2", "node4": "2"})
     (folder / "answers").write_text("\n".join([*noise, *(f"{rank}: {f.line()}" for rank, f in enumerate(told))]) + "\n")
     (tmp_path / "slurm/packages.json").write_text('{"torch": "1"}')
-    verdict = judge_folder(folder, FOUR)
+    monkeypatch.chdir(folder.parent)
+    verdict = judge_folder(Path("preflight") if relative else folder, FOUR)
     assert (verdict.code, verdict.bad) == (BAD_NODES, ("node3", "node4"))
     assert (folder / "bad-nodes").read_text() == "node3,node4\n"
     assert json.loads((folder / "verdict.json").read_text())["bad"] == ["node3", "node4"]
