@@ -19,12 +19,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gsm8k", type=Path, help="JSONL with GSM8K's columns: train the shipped configs on its rows")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at it
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several workers one has all tests with SGLang's servers, and one those with Slurm: they share what they start."""
+    """With --dist loadgroup one worker has all tests with SGLang's servers, which they share; the others go by file."""
     for item in items:
-        for name in ("servers", "slurm"):
-            if item.get_closest_marker(name):
-                item.add_marker(pytest.mark.xdist_group(name))
+        together = "servers" if item.get_closest_marker("servers") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(together))
 
 
 @pytest.fixture(scope="session")

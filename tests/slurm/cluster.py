@@ -100,11 +100,11 @@ class Cluster:
     nodes: int = NODES
 
     @classmethod
-    def of_environment(cls) -> Cluster:
-        """As MEGAPSFT_SLURM_NUMBER and MEGAPSFT_SLURM_FOLDER say."""
-        number = int(os.environ.get("MEGAPSFT_SLURM_NUMBER", "0"))
-        folder = os.environ.get("MEGAPSFT_SLURM_FOLDER") or Path(tempfile.gettempdir()) / f"megapsft-slurm-{number}"
-        return cls(folder=Path(folder).resolve(), number=number)
+    def of_environment(cls, worker: int = 0) -> Cluster:
+        """As MEGAPSFT_SLURM_NUMBER and MEGAPSFT_SLURM_FOLDER say; workers of pytest-xdist have one each."""
+        number = int(os.environ.get("MEGAPSFT_SLURM_NUMBER", "0")) + worker
+        folder = Path(os.environ.get("MEGAPSFT_SLURM_FOLDER") or tempfile.gettempdir()) / f"megapsft-slurm-{number}"
+        return cls(folder=folder.resolve(), number=number)
 
     @property
     def names(self) -> list[str]:
@@ -360,14 +360,16 @@ def tail(path: Path, lines: int = 40) -> str:
     return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else "(no such file)"
 
 
-def run(cluster: Cluster, command: Sequence[str]) -> int:
-    """The command's exit code, with the cluster up while it runs, and down afterwards, however it ended."""
+def run(clusters: Sequence[Cluster], command: Sequence[str]) -> int:
+    """The command's exit code, with the clusters up while it runs, and down afterwards, however it ended."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        cluster.up()
-        return subprocess.run(command, env=os.environ | cluster.environment).returncode
+        for cluster in clusters:
+            cluster.up()
+        return subprocess.run(command, env=os.environ | clusters[0].environment).returncode
     finally:
-        cluster.down()
+        for cluster in clusters:
+            cluster.down()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -375,7 +377,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("up", help="start it, and print what to export")
     actions.add_parser("down", help="end it")
-    actions.add_parser("run", help="up, a command, down").add_argument("command", nargs=argparse.REMAINDER)
+    parser_of_run = actions.add_parser("run", help="up, a command, down")
+    parser_of_run.add_argument("--clusters", type=int, default=1, help="so many of them, for as many workers of pytest-xdist")
+    parser_of_run.add_argument("command", nargs=argparse.REMAINDER)
     helps = {
         "kill": "the node crashes",
         "start": "a crashed node starts again",
@@ -390,7 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser_of_action.add_argument("command", nargs=argparse.REMAINDER)
     given, cluster = parser.parse_args(arguments), Cluster.of_environment()
     if given.action == "run":
-        return run(cluster, given.command)
+        return run([Cluster.of_environment(worker) for worker in range(given.clusters)], given.command)
     if given.action == "on":
         print(cluster.on(given.node, *given.command), end="")
     elif "node" in given:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tests.slurm.jobs import Jobs
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """Six idle nodes; clients of Slurm that a test starts find it in their environment."""
-    found = Cluster.of_environment()
+    found = Cluster.of_environment(int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")))
     if set(found.states()) != set(found.names):
         pytest.fail(f"no cluster in {found.folder}; run `make test-slurm`, or `python -m tests.slurm.cluster up` before pytest")
     with pytest.MonkeyPatch.context() as patch:
