@@ -29,8 +29,8 @@ def test_trainers_and_a_server_on_nodes_of_their_own(jobs, tiny_models, tmp_path
     assert "http://node3:" in (run / f"slurm/{job}.0/server-0.log").read_text()
     steps = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2, 3]
-    rollouts = [json.loads(line) for path in sorted((run / "rollouts").glob("step-*.jsonl")) for line in path.open()]
-    assert len(rollouts) == 3 * 4 * 2
+    prompts = [json.loads(line) for path in sorted((run / "rollouts").glob("step-*.jsonl")) for line in path.open()]
+    assert [len(prompt["rollouts"]) for prompt in prompts] == [2] * 4 * 3
     jobs.wait_for(lambda: not any(map(is_server, jobs.cluster.processes("node3"))), job)  # it ended with the job
 
 
