@@ -62,7 +62,7 @@ slurm:
 test: venv sglang nemo-run slurm
 	$(PY) -m ruff check .
 	$(PY) -m pytest -n 2 --dist loadfile -m "not servers and not slurm"
-	$(ON_CLUSTER) --clusters 2 $(PY) -m pytest -n 2 --dist loadgroup -m "servers or slurm"
+	$(ON_CLUSTER) --clusters 3 $(PY) -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m "servers or slurm"
 
 ## test-slurm  only what runs on a cluster: six nodes are started on this machine, and ended
 .PHONY: test-slurm

@@ -21,7 +21,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at it
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With --dist loadgroup one worker has all tests with SGLang's servers, which they share; the others go by file."""
+    """With --dist loadgroup one worker has all tests with SGLang's servers, which they share; the others go by file.
+
+    The one that mostly waits, for minutes, comes first.
+    """
+    items.sort(key=lambda item: item.path.name != "test_time_limit.py")
     for item in items:
         together = "servers" if item.get_closest_marker("servers") else item.path.name
         item.add_marker(pytest.mark.xdist_group(together))

@@ -13,6 +13,7 @@ from tests.shipped import FOLDER
 from tests.slurm.jobs import Jobs
 
 CLUSTER = ("--cluster", str(FOLDER / "cluster/laptop.yaml"), f"cluster.python={sys.executable}")
+CLUSTER += ("cluster.preflight=false",)  # tests/slurm/test_preflight.py has it, and what launchers/slurm/train.sbatch starts
 PSFT = FOLDER / "psft/tiny-qwen3-gsm8k.yaml"
 
 

@@ -93,7 +93,8 @@ def test_a_node_with_another_version_is_excluded_and_the_run_goes_on_under_its_n
     """Two nodes cannot tell which of them is right: the machine that submitted can."""
     given = options(tiny_models("qwen3"), tiny_data, run, "parallel.tensor_model_parallel_size=2")
     with another_version(cluster, "node1", "transformers", tmp_path):
-        job = submit_run(jobs, str(PSFT), "--nodes", "2", "--option=--exclude=node4,node5,node6", *given)
+        wanted = ("--nodes", "2", "--option=--exclude=node4,node5,node6", "cluster.preflight=true")
+        job = submit_run(jobs, str(PSFT), *wanted, *given)
         shown = jobs.completes(job)
     assert (shown["Restarts"], shown["NodeList"]) == ("1", "node[2-3]")
     found = verdict(run, job)

@@ -34,7 +34,7 @@ def test_two_nodes_train_what_one_does(split, jobs, tiny_models, tiny_data, tmp_
     )  # fmt: skip
     assert jobs.completes(plain)["NodeList"] == "node[1-2]"
     given = options(model, tiny_data, tmp_path / "two", SPLITS[split])
-    two = submit(jobs, str(PSFT), "--nodes", "2", *on("node1", "node2"), *given)
+    two = submit(jobs, str(PSFT), "--nodes", "2", "--via", "nemo-run", *on("node1", "node2"), *given)
     assert jobs.completes(two)["NodeList"] == "node[1-2]"
     for run, number in (("plain", plain), ("two", two)):
         assert measured(tmp_path / run) == measured(tmp_path / "one")
