@@ -90,15 +90,21 @@ bench-head: venv
 	$(PY) -m pip install --quiet -c requirements/laptop.txt trl==1.16.0
 	$(PY) benchmarks/head.py
 
-## docs        write docs/configuration.md and docs/metrics.md again, from the source
+## docs        write docs/configuration.md, docs/metrics.md and docs/commands.md again, from the source
 .PHONY: docs
 docs: venv
 	$(PY) docs/generate.py
+	$(PY) docs/commands.py
+
+## site        the documentation as a site, in site/; to look at it: .venv/bin/python -m mkdocs serve
+.PHONY: site
+site: venv
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 ## clean       remove the quickstart's output and the tools' caches; .venv, .venv-sglang and your runs stay
 .PHONY: clean
 clean:
-	rm -rf runs/quickstart build dist .pytest_cache .ruff_cache
+	rm -rf runs/quickstart build dist site .pytest_cache .ruff_cache
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 ## help        this list
