@@ -33,12 +33,27 @@ class ModelConfig:
     __pydantic_config__ = STRICT
     path: str = ""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and activations; main parameters are fp32 always
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"  # auto: the latter where it runs
     make_vocab_size_divisible_by: PositiveInt = 128
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     logprob_chunk_bytes: PositiveInt = 64 * 2**20  # of a chunk of fp32 logits; the head holds about two of them
     logprob_backend: Literal["auto", "torch", "triton", "reference"] = "auto"  # auto: triton on CUDA, else torch
     moe_aux_loss_coeff: NonNegativeFloat = 0.0  # of the balance of experts within each sequence, summed over layers
     moe_routing_replay: Literal[False, True, "rollout"] = False  # true: experts of the old pass again; rollout: of the engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class FP8Config:
+    """Products of linear layers in FP8, on GPUs that have it; embedding, head, norms and attention stay as they are."""
+
+    __pydantic_config__ = STRICT
+    format: Literal["e4m3", "hybrid"] | None = None  # null: bfloat16; hybrid: e5m2 for gradients, else e4m3
+    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"  # of scales, see docs/gpu.md
+    num_layers_at_start_in_bf16: NonNegativeInt = 0  # not with delayed
+    num_layers_at_end_in_bf16: NonNegativeInt = 0  # the same
+    amax_history_len: PositiveInt = 1024  # delayed: passes whose largest values are remembered
+    amax_compute_algo: Literal["max", "most_recent"] = "max"  # delayed: which of them sets the scale
+    param_gather: bool = False  # weights are held, and gathered by the distributed optimizer, in FP8; not mxfp8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,8 +207,8 @@ class ParallelConfig:
     expert_tensor_parallel_size: PositiveInt | None = None  # default: tensor_model_parallel_size
     sequence_parallel: bool | None = None  # default: on where Megatron needs it (MoE with tensor parallelism)
     use_distributed_optimizer: bool = False  # ZeRO-1
-    overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False
+    overlap_grad_reduce: bool | None = None
+    overlap_param_gather: bool | None = None
     overlap_p2p_comm: bool | None = None  # default: on with virtual pipeline stages, which need it
     batch_p2p_comm: bool | None = None  # default: the opposite of overlap_p2p_comm
     recompute_granularity: Literal["full", "selective"] | None = None
@@ -232,6 +247,7 @@ class Config:
     __pydantic_config__ = STRICT
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    fp8: FP8Config = field(default_factory=FP8Config)
     data: DataConfig = field(default_factory=DataConfig)
     objective: dict[str, Any] = field(default_factory=lambda: {"name": "psft"})
     rewards: tuple[dict[str, Any], ...] = ()  # of sampled responses: [{name: math_answer}, {name: format, weight: 0.1}], summed

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megapsft.checkpoint.hf_folder import ModelWeights, check_checkpoint, check_keys, open_checkpoint, read_config
 from megapsft.checkpoint.hf_save import save_hf
+from megapsft.checkpoint.weights.held_in_fp8 import assign
 from megapsft.checkpoint.weights.live import LiveWeights, local_parameters, rank_and_size, whereabouts
 from megapsft.errors import Refused
 from megapsft.models.families import family_of
@@ -47,7 +48,7 @@ def fill(chunks: Sequence[torch.nn.Module], checkpoint: ModelWeights, hf: HFConf
         if shard.shape != parameter.shape:
             sizes = f"{list(shard.shape)} from the checkpoint, {list(parameter.shape)} in the model"
             raise Refused(name, f"has two shapes: {sizes}", "build the model from the config.json of the same folder")
-        parameter.copy_(shard)
+        assign(parameter, shard)
 
 
 def export_stream(chunks: Sequence[torch.nn.Module], hf: HFConfig) -> Iterator[tuple[str, Tensor | None]]:

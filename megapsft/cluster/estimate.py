@@ -15,7 +15,7 @@ from megapsft.cluster.workload import Workload, workload
 from megapsft.config import Config
 from megapsft.errors import Refused
 from megapsft.models.hf_config import HFConfig
-from megapsft.parallel import Mesh, plan_mesh
+from megapsft.parallel import Mesh, plan_mesh, with_overlap
 from megapsft.policy.build import DTYPES, model_shape
 from megapsft.train.phases import Phase, phases
 from megapsft.train.plan import check_minibatch
@@ -217,7 +217,8 @@ class _Step:
         Overlapped, gradients are reduced behind the last microbatch's backward pass, and parameters gathered behind the first
         one's forward pass.
         """
-        parallel = self.config.parallel
+        swapped = self.work.reference_passes > 0 and self.config.reference.placement == "swap"
+        parallel = with_overlap(self.config.parallel, on_gpus=True, swapped=swapped)
         spent = {"gradients": 0.0, "parameters": 0.0}
         for one in self._of_update():
             spent[one.purpose.split(",")[0]] += one.seconds

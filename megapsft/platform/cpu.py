@@ -22,6 +22,8 @@ import types
 import warnings
 from pathlib import Path
 
+from megapsft.platform.apex import hide_other_apex
+
 PREFIX = "megatron."
 STANDIN = "_cuda_standin"  # the name under which rewritten modules find the stand-in
 
@@ -150,13 +152,14 @@ def has_cuda() -> bool:
 
 
 def install() -> None:
-    """Put the hook in place, once.
+    """Put the hook in place, once, and an `apex` that is not NVIDIA's out of Megatron's way.
 
     Raises:
         ImportError: megatron was imported before, untouched, on a machine without CUDA.
     """
     if _Finder in sys.meta_path:
         return
+    hide_other_apex()
     if any(name.startswith("megatron.core") for name in sys.modules) and not has_cuda():
         raise ImportError("megapsft must be imported before megatron on a machine without CUDA; move `import megapsft` up")
     sys.meta_path.insert(0, _Finder)

@@ -23,10 +23,13 @@ from megapsft.models.families import family_of
 from megapsft.models.family import Family
 from megapsft.models.hf_config import HFConfig
 from megapsft.objectives.registry import build_objective
-from megapsft.parallel import Mesh, plan_mesh
+from megapsft.parallel import Mesh, plan_mesh, with_overlap
+from megapsft.platform.apex import note_on_apex
 from megapsft.platform.cpu import has_cuda
+from megapsft.platform.machine import layers_of, note_on_layers, this_machine
 from megapsft.policy.build import model_shape
 from megapsft.policy.vocab_parallel import resolve_backend
+from megapsft.train.fp8 import alignment, check_fp8, note_on_fp8
 from megapsft.train.phases import Phase, has_old_policy, phases, reference_needs
 from megapsft.train.prepare import with_advantages
 from megapsft.train.rollout_options import OF_SGLANG, check_options, check_references
@@ -44,6 +47,7 @@ MAY_CHANGE = (
     "data.packing",
     "model.logprob_chunk_bytes",
     "model.logprob_backend",
+    "model.transformer_impl",
     "reference.placement",
     "model.make_vocab_size_divisible_by",
     "train.steps",
@@ -115,6 +119,7 @@ class RunPlan:
             context_parallel_size=mesh.cp,
             tensor_parallel_size=mesh.tp,
             sequence_parallel=mesh.sequence_parallel,
+            alignment=alignment(self.config.fp8),
             microbatch_multiple=mesh.pp if mesh.vpp > 1 else 1,  # Megatron's interleaved schedule
             equal_lengths=mesh.pp > 1 or gathers,
         )
@@ -159,8 +164,13 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
             f"use data.max_length={hf.max_position_embeddings} or less",
         )
     check_checkpoint(config.model.path, family, hf)
+    layers_of(config.model, this_machine())
+    compares = any(reference_needs(phase.objective) for phase in all_phases)
+    check_fp8(config, hf, mesh, this_machine(), compares)
     resolve_backend(config.model.logprob_backend)
     _check_other_models(config, all_phases, hf)
+    swapped = compares and config.reference.placement == "swap"
+    config = dataclasses.replace(config, parallel=with_overlap(config.parallel, has_cuda(), swapped))
     check_options(config)
     template = ChatTemplate.load(config.model.path)
     data = load_dataset(config, template, hf.vocab_size)
@@ -309,7 +319,8 @@ def _check_continues(plan: RunPlan) -> None:
 
 
 def _with_notes(plan: RunPlan) -> RunPlan:
-    notes: list[str] = []
+    about_machine = (note_on_layers(plan.config.model, this_machine()), note_on_apex(), note_on_fp8(plan.config.fp8))
+    notes = [note for note in about_machine if note is not None]
     objective = plan.phases[-1]
     name, train = objective.objective_name, plan.config.train
     if has_old_policy(objective.objective) and plan.updates_per_step == 1:

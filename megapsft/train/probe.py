@@ -261,7 +261,7 @@ def _each_removed(bench: _Bench, plan: RunPlan, rows: Sequence[Row]) -> list[Row
 def _frozen_policy(plan: RunPlan) -> Policy:
     """Collective. The policy for passes without gradient: it takes the memory of its weights alone."""
     config = plan.config
-    megatron = transformer_config(plan.family, plan.hf, config.model, config.parallel, plan.mesh)
+    megatron = transformer_config(plan.family, plan.hf, config.model, config.parallel, plan.mesh, config.fp8)
     chunks = build_chunks(megatron, plan.hf, config.model, plan.mesh)
     import_hf(chunks, Path(config.model.path), plan.hf)
     return policy_of(plan, half(chunks, megatron), megatron)

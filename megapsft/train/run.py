@@ -347,7 +347,7 @@ def build_source(plan: RunPlan, policy: Policy, state: Mapping[str, Any]) -> Sou
 def build_policy(plan: RunPlan) -> Policy:
     """Collective. The policy with the weights of the Hugging Face folder, wrapped for training."""
     config = plan.config
-    megatron = transformer_config(plan.family, plan.hf, config.model, config.parallel, plan.mesh)
+    megatron = transformer_config(plan.family, plan.hf, config.model, config.parallel, plan.mesh, config.fp8)
     chunks = build_chunks(megatron, plan.hf, config.model, plan.mesh)
     import_hf(chunks, Path(config.model.path), plan.hf)
     return policy_of(plan, distribute(chunks, megatron, config.parallel), megatron)
@@ -363,7 +363,7 @@ def build_reference(plan: RunPlan, policy: Policy, first_step: int = 0) -> Refer
     config = plan.config
     reference: Reference = Swapped()
     if config.reference.placement == "copy":
-        megatron = transformer_config(plan.family, plan.hf, config.model, config.parallel, plan.mesh)
+        megatron = transformer_config(plan.family, plan.hf, config.model, config.parallel, plan.mesh, config.fp8)
         reference = Copied(policy_of(plan, half(build_chunks(megatron, plan.hf, config.model, plan.mesh), megatron), megatron))
     mine = Swapped()
     if config.reference.path is not None:
@@ -395,7 +395,7 @@ def policy_of(plan: RunPlan, chunks: list[torch.nn.Module], megatron: Transforme
 def build_critic(plan: RunPlan) -> Critic:
     """Collective. The value function, with the weights of `critic.path` or `model.path` under a head of zeros."""
     config = plan.config
-    megatron = transformer_config(plan.family, plan.hf, config.model, config.parallel, plan.mesh)
+    megatron = transformer_config(plan.family, plan.hf, config.model, config.parallel, plan.mesh, config.fp8)
     chunks = build_chunks(megatron, plan.hf, config.model, plan.mesh)
     import_hf(chunks, Path(config.critic.path or config.model.path), plan.hf)
     with_value_heads(chunks, megatron)

@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megapsft.checkpoint.weights import Stored
+from megapsft.checkpoint.weights.held_in_fp8 import values
 from megapsft.errors import Refused
 from megapsft.models.families import family_of
 from megapsft.models.hf_config import HFConfig
@@ -78,7 +79,7 @@ class LiveWeights:
             rows = None
             if self._rank == part.owner:
                 low = part.at + first - box.row
-                rows = self._parameters[parameter.name].detach()[low : low + last - first]
+                rows = values(self._parameters[parameter.name])[low : low + last - first]
             if part.owner != 0 and self._rank == part.owner:
                 dist.send(rows.contiguous(), dst=0)
             elif part.owner != 0 and self._rank == 0:
