@@ -27,7 +27,6 @@ from megapsft.models.families import family_of
 from megapsft.models.hf_config import HFConfig
 from megapsft.objectives.registry import build_objective
 from megapsft.parallel import plan_mesh
-from megapsft.platform.compat import have_transformer_engine
 from megapsft.platform.cpu import has_cuda
 from megapsft.platform.launch import become_world_of_one
 from megapsft.policy.build import Policy, build_chunks, distribute, model_shape, transformer_config
@@ -111,7 +110,10 @@ def build(raw: dict[str, Any], precision: str, sizes: Sizes, device: Device) -> 
     mesh = plan_mesh(config.parallel, 1, model_shape(hf), has_cuda(), dispatcher)
     become_world_of_one()
     parallel.initialize(mesh, config.parallel, config.train.seed)
-    megatron = transformer_config(family, hf, config.model, config.parallel, mesh)
+    in_fp8 = {} if precision == "bf16" else {"fp8": config.fp8}
+    megatron = transformer_config(family, hf, config.model, config.parallel, mesh, **in_fp8)
+    if bool(megatron.fp8) != bool(in_fp8):
+        raise RuntimeError(f"{precision} was asked for, and the layers are in {megatron.fp8 or 'bf16'}")
     if hf.num_experts:
         megatron.moe_router_force_load_balancing = True
     chunks = distribute(build_chunks(megatron, hf, config.model, mesh), megatron, config.parallel)
@@ -126,7 +128,7 @@ def facts(made: Slice) -> dict[str, Any]:
         "hidden_size": hf.hidden_size,
         "parameters": sum(p.numel() for chunk in made.policy.chunks for p in chunk.parameters()),
         "active_parameters_of_a_layer": sum(active_per_token(hf)),
-        "spec": "Transformer Engine" if have_transformer_engine() else "Megatron's local layers",
+        "linear": type(made.policy.gpt_models()[0].decoder.layers[0].self_attention.linear_qkv).__name__,
         "head": made.policy.head().backend,
         "optimizer": type(made.optimizer.chained_optimizers[0].optimizer).__name__,
         "balance": FORCED if hf.num_experts else None,

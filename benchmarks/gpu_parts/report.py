@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -203,12 +204,12 @@ def table(heading: list[str], rows: Iterator[tuple[str, ...]] | list[tuple[str, 
 
 
 def draw(result: Mapping[str, Any], path: Path) -> bool:
-    """The head over its floor, and the share of the ceiling that steps reach; False where there is nothing to draw."""
+    """The head over its floor, and the share of the ceiling that steps reach; False where there is nothing to draw, or draw with."""
     found = figures(result)
     heads = {name: one["forward_backward_over_floor"] for name, one in found["head"].items()}
     heads = {name: value for name, value in heads.items() if value is not None}
     reached = {name: one["of_ceiling"] for name, one in found["steps"].items() if one.get("of_ceiling")}
-    if not (heads or reached):
+    if not (heads or reached) or importlib.util.find_spec("matplotlib") is None:
         return False
     import matplotlib
 

@@ -96,6 +96,7 @@ def test_steps_of_a_slice(result, part):
     sparse = part.startswith("moe")
     assert facts["parameters"] == result["parts"][part.replace("bf16", "peer")]["facts"]["parameters"]
     assert bool(facts["balance"]) == sparse
+    assert facts["linear"] == "ColumnParallelLinear"
     for name, line in found.items():
         if name == "build":
             continue
@@ -172,6 +173,21 @@ def test_a_process_that_ends_takes_no_other_part_with_it(module, capsys):
     assert "nowhere" in found["ceiling"]["error"]
     assert found["head"]["status"] == "not reached"
     assert "error" in capsys.readouterr().err
+
+
+def test_a_process_that_takes_too_long_is_ended(module):
+    gpu = module("gpu")
+    options = argparse.Namespace(device="cpu", tiny=True)
+    found = gpu.in_a_process(["ceiling"], options, 0.1 - gpu.GRACE_SECONDS, "2026-11-21")
+    assert (found["ceiling"]["status"], found["ceiling"]["error"]) == ("failed", "killed after 0 s")
+
+
+def test_parts_for_which_there_is_no_time_are_listed(module, tmp_path):
+    gpu, report = module("gpu"), module("gpu_parts.report")
+    options = argparse.Namespace(json=tmp_path / "gpu.json", minutes=0.1, only=None, keep=False, device="cpu", tiny=True)
+    found = gpu.run(options)
+    assert {part for part, one in found["parts"].items() if one["status"] == "not reached"} == set(gpu.PARTS) - FP8
+    assert "| moe-peer | not reached |" in report.text(found, {}, "gpu.json", "")
 
 
 def test_a_line_that_fails_or_comes_too_late_takes_no_other_with_it(module, tmp_path):

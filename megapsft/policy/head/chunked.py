@@ -1,9 +1,9 @@
 """The default: logits exist a slab at a time (tokens x some columns of this rank's vocabulary), twice.
 
 The forward pass merges the statistics of the slabs; the backward pass makes each slab again, turns it into its gradient in its
-place, and multiplies that out: the weight's gradient of a slab is written once, by one product over all tokens (more of them
-than a slab has take several, whose fp32 sum is of a slab's columns alone). Operands of products are in the model's dtype, all
-else is fp32 (fp64 for fp64 models). Elementwise work goes by blocks of rows, which stay in the cache.
+place, and multiplies that out: the weight's gradient of a slab is written once, by one product over all tokens (more than
+MOST_TOKENS take several, whose fp32 sum is of a slab's columns alone). Operands of products are in the model's dtype, all else is
+fp32 (fp64 for fp64 models). Elementwise work goes by blocks of rows, which stay in the cache.
 """
 
 from __future__ import annotations
