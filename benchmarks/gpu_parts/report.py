@@ -204,7 +204,7 @@ def table(heading: list[str], rows: Iterator[tuple[str, ...]] | list[tuple[str, 
 
 
 def draw(result: Mapping[str, Any], path: Path) -> bool:
-    """The head over its floor, and the share of the ceiling that steps reach; False where there is nothing to draw or draw with."""
+    """The head over its floor, and the share of the ceiling that steps reach; False where there is nothing to draw (with)."""
     found = figures(result)
     heads = {name: one["forward_backward_over_floor"] for name, one in found["head"].items()}
     heads = {name: value for name, value in heads.items() if value is not None}
