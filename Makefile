@@ -5,6 +5,9 @@ FILE ?= tests/oracles/vectors.json
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 shellcheck
 SLURM_PROGRAMS := slurmctld slurmd sbatch munged ip shellcheck
+ON_GPU = PYTHONPATH=$(CURDIR):$(PYTHONPATH) $(PYTHON) -m tests.gpu
+WHEEL = --no-deps --only-binary=:all: --python-version 3.12 --implementation cp $(addprefix --platform manylinux,_2_28_x86_64 \
+	_2_24_x86_64 _2_17_x86_64 2014_x86_64)
 ON_CLUSTER = $(SUDO) $(PY) -m tests.slurm.cluster run
 .DEFAULT_GOAL := help
 
@@ -83,6 +86,23 @@ invariants: venv
 .PHONY: oracles
 oracles: venv
 	$(PY) -m tests.oracles $(FILE)
+
+## test-gpu    checks that need a GPU, by what PYTHON has installed: nothing is fetched; ARGS are of pytest
+.PHONY: test-gpu
+test-gpu:
+	@$(ON_GPU) test $(ARGS)
+
+## bench-gpu   what a GPU gives, in 8 minutes: docs/results/gpu.md; likewise; ARGS are of benchmarks/gpu.py
+.PHONY: bench-gpu
+bench-gpu:
+	@$(ON_GPU) bench $(ARGS)
+
+## gpu-wheels  what a GPU machine without network lacks beside PyTorch and Transformer Engine: wheels for Python 3.12 in wheels-gpu
+.PHONY: gpu-wheels
+gpu-wheels:
+	rm -rf wheels-gpu
+	$(PYTHON) -m pip download --quiet $(WHEEL) --dest wheels-gpu -r requirements/gpu.txt
+	@du -ch wheels-gpu/*.whl
 
 ## bench-head  memory and time of the head beside plain logits and TRL's, which is installed for it
 .PHONY: bench-head

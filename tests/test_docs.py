@@ -65,6 +65,7 @@ RUN = {  # every command that is run, in this order, and what is put behind it t
     "python benchmarks/convert.py": "--help",
     "python benchmarks/rollout.py": "--help",
     "python benchmarks/rl.py": "--help",
+    "python benchmarks/gpu.py": "--help",
 }
 ELSEWHERE = {
     "make quickstart": "tests/e2e/test_quickstart.py runs what it runs",

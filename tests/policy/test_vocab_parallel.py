@@ -166,6 +166,22 @@ def test_tokens_by_tiles_have_the_gradients_of_one_tile(chunk_bytes, monkeypatch
         torch.testing.assert_close(tiles, one, rtol=1e-12, atol=1e-12)
 
 
+def test_a_large_budget_is_spent_on_tokens_first_and_then_on_columns():
+    """One product over all tokens writes the weight's gradient; several need an fp32 sum beside it."""
+
+    def tile(tokens, chunk_bytes, columns=151_936):
+        vocabulary = chunked.Vocabulary(
+            group=None, first=0, columns=columns, chunk_bytes=chunk_bytes, temperature=1.0, entropy_gradient=False, term=None
+        )
+        return chunked._tile(tokens, vocabulary)
+
+    assert tile(32_768, 2**26) == (8192, 2048)
+    assert tile(32_768, 2**28) == (32_768, 2048)
+    assert tile(32_768, 2**30) == (32_768, 8192)
+    assert tile(8192, 2**30) == (8192, 32_768)
+    assert tile(500, 2**20) == (500, 512)
+
+
 def test_what_was_kept_is_not_read_twice():
     """The gradient lies in the place of the logits that were kept; a second backward pass would take it for logits."""
     hidden, weight, labels = inputs(101)

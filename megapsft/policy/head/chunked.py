@@ -21,6 +21,7 @@ from megapsft.types import VocabularyTerm
 
 BLOCK_BYTES = 2**20  # of logits that elementwise work goes over several times
 MOST_TOKENS = 8192  # in one slab: more would leave it too few columns
+WIDE = 2048  # unless they leave it so many
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ def _fits(hidden: Tensor, vocabulary: Vocabulary) -> bool:
 def _tile(tokens: int, vocabulary: Vocabulary) -> tuple[int, int]:
     """Tokens and columns of a slab: all tokens where they leave it 64 columns or more; columns by 64, which products like."""
     elements = max(1, vocabulary.chunk_bytes // 4)
-    height = max(1, min(tokens, MOST_TOKENS, elements // min(64, max(1, vocabulary.columns))))
+    most = max(MOST_TOKENS, elements // WIDE)
+    height = max(1, min(tokens, most, elements // min(64, max(1, vocabulary.columns))))
     width = elements // height
     if width >= vocabulary.columns:
         return height, max(1, vocabulary.columns)
