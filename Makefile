@@ -1,6 +1,8 @@
 # `make help` lists what there is. Python 3.11 or newer: PYTHON names it.
 PYTHON ?= python3
+PYTHON312 ?= python3.12
 PY := .venv/bin/python
+MEGATRON312 := 0.19.2 0.18.2
 FILE ?= tests/oracles/vectors.json
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 shellcheck
@@ -52,7 +54,31 @@ nemo-run: .venv-nemo-run/.installed
 	.venv-nemo-run/bin/python -m pip install --quiet --no-deps -r requirements/nemo-run.txt
 	@touch $@
 
-## slurm       Debian's Slurm, where there is none; nothing of it is started. As root, or with sudo
+## py312       environments of Python 3.12 in .venv-py312-MEGATRON, one for each newer Megatron-Core; does nothing where nothing changed
+.PHONY: py312
+py312: $(MEGATRON312:%=.venv-py312-%/.installed)
+
+.venv-py312/.installed: setup.py requirements/laptop.txt requirements/py312.txt
+	@$(PYTHON312) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' \
+		|| { echo "make: needs Python 3.12, and $(PYTHON312) is not; name another: make $(MAKECMDGOALS) PYTHON312=..." >&2; exit 1; }
+	@echo "installing into .venv-py312 (a few minutes and 5 GB, once)"
+	$(PYTHON312) -m venv .venv-py312
+	grep -vE '^(torch|megatron-core)==' requirements/laptop.txt > .venv-py312/laptop.txt
+	.venv-py312/bin/python -m pip install --quiet --no-deps -r .venv-py312/laptop.txt -r requirements/py312.txt -e .
+	@touch $@
+
+# programs are those of .venv-py312, with this environment's interpreter
+.venv-py312-%/.installed: .venv-py312/.installed
+	.venv-py312/bin/python -m venv .venv-py312-$*
+	.venv-py312-$*/bin/python -m pip install --quiet --no-deps megatron-core==$*
+	echo "import site; site.addsitedir('$(CURDIR)/.venv-py312/lib/python3.12/site-packages')" \
+		> .venv-py312-$*/lib/python3.12/site-packages/shared.pth
+	for program in megapsft torchrun; do \
+		sed '1s|/.venv-py312/|/.venv-py312-$*/|' .venv-py312/bin/$$program > .venv-py312-$*/bin/$$program; \
+		chmod +x .venv-py312-$*/bin/$$program; done
+	@touch $@
+
+## slurm       Debian's Slurm Slurm, where there is none; nothing of it is started. As root, or with sudo
 .PHONY: slurm
 slurm:
 	@PATH=$$PATH:/usr/sbin:/sbin; for program in $(SLURM_PROGRAMS); do command -v $$program >/dev/null || missing=1; done; \
@@ -66,6 +92,11 @@ test: venv sglang nemo-run slurm
 	$(PY) -m ruff check .
 	$(PY) -m pytest -n 2 --dist loadfile -m "not servers and not slurm"
 	$(ON_CLUSTER) --clusters 3 $(PY) -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m "servers or slurm"
+
+## test-py312  the suite without servers and cluster on Python 3.12, with each newer Megatron-Core: hours; goes on where it was ended
+.PHONY: test-py312
+test-py312: py312
+	status=0; for version in $(MEGATRON312); do .venv-py312-$$version/bin/python -m tests.py312 || status=1; done; exit $$status
 
 ## test-slurm  only what runs on a cluster: six nodes are started on this machine, and ended
 .PHONY: test-slurm

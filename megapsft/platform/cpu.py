@@ -101,7 +101,10 @@ class _Loader(importlib.machinery.SourceFileLoader):
         cached = _cache_dir() / f"{digest}.code"
         with contextlib.suppress(OSError, EOFError, ValueError, TypeError):
             return marshal.loads(cached.read_bytes())
-        tree = ast.fix_missing_locations(CudaToCpu().visit(ast.parse(source, path)))
+        with warnings.catch_warnings():  # of escapes in Megatron's strings, which Python 3.12 says aloud
+            warnings.simplefilter("ignore", SyntaxWarning)
+            parsed = ast.parse(source, path)
+        tree = ast.fix_missing_locations(CudaToCpu().visit(parsed))
         code = compile(tree, path, "exec", dont_inherit=True)
         with contextlib.suppress(OSError):  # a read-only home costs time, nothing else
             cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
