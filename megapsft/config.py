@@ -235,6 +235,19 @@ class LogConfig:
     wandb_project: str = "megapsft"
     progress: bool = True
     rollouts: NonNegativeInt = 0  # every so many steps all rollouts of the step go to RUN/rollouts/step-*.jsonl; 0: never
+    peak_flops: PositiveFloat | None = None  # FLOP/s of a device in bfloat16, for perf/mfu; None: of the GPUs that are known
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """What is watched closely, in RUN/profile; it changes no number (docs/profiling.md)."""
+
+    __pydantic_config__ = STRICT
+    steps: tuple[PositiveInt, PositiveInt] | None = None  # the first and the last, counted from 1; None: none, or `--profile`
+    ranks: tuple[NonNegativeInt, ...] = (0,)  # whose; []: all
+    tool: Literal["torch", "nsys"] = "torch"  # traces; or ranges alone, for `nsys profile --capture-range=cudaProfilerApi`
+    memory: bool = True  # torch on CUDA: also a snapshot of the device's memory
+    details: bool = False  # torch: also shapes and Python stacks, which take time and room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +273,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megapsft.cluster.efficiency import ATTENTION, EXPERTS, HBM, LINEAR, Execution, imbalance
-from megapsft.cluster.hardware import GPU
 from megapsft.cluster.memory import GRADIENT, MASTER, MOMENTS
-from megapsft.cluster.sizes import active_per_token
 from megapsft.cluster.workload import Workload
 from megapsft.config import Config
 from megapsft.errors import Refused
+from megapsft.models.flops import BACKWARD, active_per_token
 from megapsft.models.hf_config import HFConfig
 from megapsft.parallel import Mesh
+from megapsft.platform.chips import GPU
 from megapsft.policy.build import padded_vocab_size
-
-BACKWARD = 2  # times what the forward pass computes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +98,3 @@ def seconds(done: Operations, hf: HFConfig, mesh: Mesh, gpu: GPU, execution: Exe
 def optimizer_seconds(parameters: float, gpu: GPU) -> float:
     """AdamW over so many parameters of a rank: state read and written, gradients read, parameters written."""
     return parameters * (2 * (MASTER + MOMENTS) + GRADIENT + 2) / (HBM * gpu.hbm)
-
-
-def useful_operations(hf: HFConfig, work: Workload) -> float:
-    """FLOP of a token in training, over all ranks, that any system computes: nothing twice, no padding. Of MFU."""
-    dense, experts = active_per_token(hf)
-    attention = 4 * hf.num_attention_heads * hf.head_dim * work.length / 2
-    forward = hf.num_hidden_layers * (2 * (dense + experts) + attention) + 2 * hf.vocab_size * hf.hidden_size
-    return (1 + BACKWARD) * forward

@@ -14,6 +14,7 @@ from megapsft.cluster.traffic import Traffic
 from megapsft.cluster.workload import Workload, workload
 from megapsft.config import Config
 from megapsft.errors import Refused
+from megapsft.models.flops import BACKWARD, model_flops
 from megapsft.models.hf_config import HFConfig
 from megapsft.parallel import Mesh, plan_mesh, with_overlap
 from megapsft.policy.build import DTYPES, model_shape
@@ -82,7 +83,8 @@ class Estimate:
 
     @property
     def model_flops_utilization(self) -> float:
-        useful = compute.useful_operations(self.hf, self.work) * self.tokens_per_second
+        tokens = self.work.tokens
+        useful = model_flops(self.hf, tokens, tokens * self.work.length) / self.time.total
         return useful / (self.machines.world_size * self.machines.gpu.bf16)
 
     def as_dict(self) -> dict[str, object]:
@@ -176,7 +178,7 @@ class _Step:
         layers = hf.num_hidden_layers // mesh.pp
         layer = compute.layer_forward(hf, mesh, self.work)
         forward = layer * layers
-        backward = (layer * compute.BACKWARD + compute.layer_again(layer, hf, self.config)) * layers
+        backward = (layer * BACKWARD + compute.layer_again(layer, hf, self.config)) * layers
         if head:
             output = compute.head_forward(hf, mesh, self.work, self.config.model.make_vocab_size_divisible_by)
             forward += output

@@ -7,13 +7,13 @@ from dataclasses import dataclass, fields
 
 from megapsft.cluster.activations import chunks_in_flight, layer_bytes
 from megapsft.cluster.efficiency import Execution, imbalance
-from megapsft.cluster.hardware import GIB
 from megapsft.cluster.sizes import DIVISIBLE, Parameters, of_stage, replicas, round_up
 from megapsft.cluster.workload import Workload
 from megapsft.config import Config
 from megapsft.models.hf_config import HFConfig
 from megapsft.models.kv_cache import GROWTH
 from megapsft.parallel import Mesh
+from megapsft.platform.chips import GIB
 from megapsft.policy.build import DTYPES, padded_vocab_size
 
 RUNTIME = 3 * GIB  # CUDA's context, NCCL's channels, workspaces of cuBLAS and cuDNN

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megapsft.models.families import family_of
+from megapsft.models.families import layer_rules
 from megapsft.models.hf_config import HFConfig
 from megapsft.models.parameters import Rule
 from megapsft.parallel import Mesh
@@ -64,13 +63,6 @@ def of_layer(hf: HFConfig, tp: int, ep: int, etp: int) -> Parameters:
     return Parameters(dense, mine) if ep > 1 else Parameters(dense + mine, Numbers())
 
 
-@lru_cache(maxsize=64)
-def layer_rules(hf: HFConfig) -> tuple[Rule, ...]:
-    """The rules of the first layer; all layers are alike."""
-    rules = family_of(hf).parameters(dataclasses.replace(hf, num_hidden_layers=1))
-    return tuple(rule for rule in rules if ".layers." in rule.name)
-
-
 def local_size(rule: Rule, size: int) -> int:
     """Numbers of the parameter on one of `size` ranks."""
     return math.prod(rule.whole) // (size if rule.axis is not None else 1)
@@ -100,15 +92,3 @@ def of_stage(hf: HFConfig, mesh: Mesh, divisible_by: int, stage: int) -> tuple[P
 def replicas(mesh: Mesh) -> tuple[int, int]:
     """Over how many ranks gradients are reduced: of what is not an expert, and of experts."""
     return mesh.dp * mesh.cp, mesh.world_size // (mesh.etp * mesh.ep * mesh.pp)
-
-
-@lru_cache(maxsize=64)
-def active_per_token(hf: HFConfig) -> tuple[int, int]:
-    """Weights of a layer that a token is multiplied with, over all ranks: outside of experts, and in the experts it goes to."""
-    dense, experts = 0, 0
-    for rule in layer_rules(hf):
-        if len(rule.shape) == 2 and rule.expert:
-            experts += math.prod(rule.whole)
-        elif len(rule.shape) == 2:
-            dense += math.prod(rule.whole)
-    return dense, experts * hf.num_experts_per_tok // hf.num_experts if hf.num_experts else 0

@@ -11,8 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megapsft.errors import Refused
-from megapsft.report.curves import LINES
+from megapsft.report.picture import LINES
 from megapsft.train.plan import RunPlan
 from megapsft.train.probe import QUANTILES, Floor, Probe, Row
 
@@ -141,18 +140,6 @@ def _row_json(row: Row, floor: Floor) -> dict[str, Any]:
     }
 
 
-def need_matplotlib() -> None:
-    """Refuse before anything is measured what could not be drawn afterwards.
-
-    Raises:
-        Refused: matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise Refused("--plot", f"needs matplotlib ({error})", "pip install 'megapsft[report]', or leave --plot out") from None
-
-
 def draw_probe(probe: Probe, plan: RunPlan, out_png: Path) -> None:
     """For every row the share of ratios that are further from 1 than x, over x, both logarithmic; the clip range is marked.
 
@@ -215,4 +202,4 @@ def _number(size: float) -> str:
     return f"{mantissa}e{int(exponent)}" if size else "0"
 
 
-__all__ = ["draw_probe", "need_matplotlib", "probe_table", "show_probe", "tail", "verdict", "write_probe"]
+__all__ = ["draw_probe", "probe_table", "show_probe", "tail", "verdict", "write_probe"]

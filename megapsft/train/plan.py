@@ -32,6 +32,7 @@ from megapsft.policy.vocab_parallel import resolve_backend
 from megapsft.train.fp8 import alignment, check_fp8, note_on_fp8
 from megapsft.train.phases import Phase, has_old_policy, phases, reference_needs
 from megapsft.train.prepare import with_advantages
+from megapsft.train.profile import check_profile, next_steps
 from megapsft.train.rollout_options import OF_SGLANG, check_options, check_references
 from megapsft.train.sources import Rows, load_dataset
 from megapsft.types import Group
@@ -40,6 +41,7 @@ from megapsft.types import Group
 MAY_CHANGE = (
     "parallel.",
     "log.",
+    "profile.",
     "checkpoint.",
     "run.",
     "data.pack_length",
@@ -172,6 +174,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
     swapped = compares and config.reference.placement == "swap"
     config = dataclasses.replace(config, parallel=with_overlap(config.parallel, has_cuda(), swapped))
     check_options(config)
+    check_profile(config.profile, all_phases[-1].end, world_size)
     template = ChatTemplate.load(config.model.path)
     data = load_dataset(config, template, hf.vocab_size)
     _check_data(config, all_phases, data)
@@ -193,6 +196,14 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         check_architecture(plan.checkpoint, read_state(plan.checkpoint), hf)
         _check_continues(plan)
     return _with_notes(plan)
+
+
+def with_profile(plan: RunPlan) -> RunPlan:
+    """The plan with `profile.steps`: those that it says, or of the steps to come the second and third."""
+    if plan.config.profile.steps is not None:
+        return plan
+    profile = dataclasses.replace(plan.config.profile, steps=next_steps(plan.done_steps, plan.steps))
+    return dataclasses.replace(plan, config=dataclasses.replace(plan.config, profile=profile))
 
 
 def check_minibatch(train: TrainConfig) -> None:

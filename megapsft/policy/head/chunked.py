@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megapsft.platform.ranges import span
 from megapsft.policy.head import statistics
 from megapsft.policy.head.statistics import Known, Wanted, finish, merge, nothing
 from megapsft.types import VocabularyTerm
@@ -79,6 +80,7 @@ class Slabs(torch.autograd.Function):
         return logprobs, entropy, value
 
     @staticmethod
+    @span("head_backward")
     def backward(ctx, grad_logprobs, grad_entropy, grad_term):
         hidden, weight, labels, ref_hidden, ref_weight, kept, *known = ctx.saved_tensors
         vocabulary, known = ctx.vocabulary, Known(*known)
