@@ -33,7 +33,7 @@ def init_model(
         megapsft init-model --family llama --data train.parquet --vocab-size 2048 --hidden-size 256 --out models/larger
 
     Args:
-        family: qwen3, qwen3_moe, qwen2 or llama.
+        family: qwen3, qwen3_moe, qwen2, llama or qwen2_5_vl, which has a tiny vision tower too.
         data: .jsonl or .parquet; the tokenizer is trained on all its texts, whatever the columns.
         out: the folder to make; it must not hold anything yet.
         vocab_size: tokens of the tokenizer, the special ones among them.

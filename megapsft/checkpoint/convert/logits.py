@@ -55,7 +55,7 @@ def _in_transformers(side: Side, tokens: Tensor, rounded: torch.dtype) -> Tensor
         rule = "is in FP8, which transformers computes on a GPU only"
         raise Refused(str(side.path), rule, "leave out --logits, or compare an export without --fp8-blockwise")
     transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(side.path, dtype=rounded).float().eval()
+    model = getattr(transformers, side.hf.architecture).from_pretrained(side.path, dtype=rounded).float().eval()
     return model(tokens).logits
 
 

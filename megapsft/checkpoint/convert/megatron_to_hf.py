@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from megapsft.checkpoint.convert.hf_to_megatron import DTYPES, LATEST
 from megapsft.checkpoint.convert.run import Conversion, Result, convert
-from megapsft.checkpoint.convert.to_safetensors import ADAPTER, SafetensorsTarget
+from megapsft.checkpoint.convert.to_safetensors import ADAPTER, ADAPTER_FILE, SafetensorsTarget
 from megapsft.checkpoint.convert.workers import Options
-from megapsft.checkpoint.hf_folder import RELEASE, read_config
+from megapsft.checkpoint.hf_folder import RELEASE, open_carried, read_config
 from megapsft.checkpoint.hf_save import companions, copy_companions, lacks, stores_output_layer, write_config
 from megapsft.checkpoint.state import STATE, check_architecture, read_state
 from megapsft.checkpoint.weights import Weights
@@ -18,12 +18,14 @@ from megapsft.checkpoint.weights.beside import Beside
 from megapsft.checkpoint.weights.cast import Cast, Tied
 from megapsft.checkpoint.weights.fp8 import Quantised, linear_weights, quantization_config
 from megapsft.checkpoint.weights.hashed import Hashed
-from megapsft.checkpoint.weights.hf import FileWeights, HFWeights
+from megapsft.checkpoint.weights.hf import AS_HERE, FileWeights, HFWeights
 from megapsft.checkpoint.weights.lora import CONFIG as ADAPTER_CONFIG
-from megapsft.checkpoint.weights.lora import TENSORS as ADAPTER_TENSORS
+from megapsft.checkpoint.weights.part import Part
 from megapsft.checkpoint.weights.torch_dist import DistWeights
 from megapsft.config import load_config
 from megapsft.errors import Refused
+from megapsft.models.families import family_of
+from megapsft.models.names import Spelling
 
 SHARD_BYTES = 5 * 10**9  # as Hugging Face has them
 
@@ -47,8 +49,8 @@ def megatron_to_hf(
     """Convert the checkpoint that `find` finds at `megatron` to `out`.
 
     Args:
-        hf_dir: folder with the config and tokenizer; None: what the run, or the import, says.
-        dtype: bf16, fp16 or fp32; None: as stored.
+        hf_dir: folder with the config, the tokenizer and what is carried along; None: what the run, or the import, says.
+        dtype: bf16, fp16 or fp32; None: as stored. What is carried along keeps its own.
         fp8_blockwise: linear layers in FP8, with a scale for each block of 128 x 128.
 
     Raises:
@@ -62,8 +64,12 @@ def megatron_to_hf(
         state = read_state(found.checkpoint)
         check_architecture(found.checkpoint, state, hf)
     stored = DistWeights(found.checkpoint, hf, options.direct)
-    sources = Hashed(stored)
-    weights: Weights = sources
+    carried = open_carried(found.model, family_of(hf), options.direct)
+    if carried is not None and fp8_blockwise:
+        rule = f"would say of all of {hf.architecture} that it is in FP8, and what is carried along is not"
+        raise Refused("--fp8-blockwise", rule, "leave it out")
+    sources = Hashed(stored if carried is None else Beside(stored, carried.part))
+    weights: Weights = sources if carried is None else Part(sources, stored.tensors)
     if dtype is not None and any(tensor.dtype != DTYPES[dtype] for tensor in weights.tensors.values()):
         weights = Cast(weights, DTYPES[dtype])
     if hf.tie_word_embeddings and stores_output_layer(found.model):
@@ -71,6 +77,9 @@ def megatron_to_hf(
     kept = next(iter(weights.tensors.values())).dtype
     if fp8_blockwise:
         weights = Quantised(weights, linear_weights(hf))
+    if carried is not None:
+        weights = Beside(weights, Part(sources, carried.part.tensors))
+    spelling = AS_HERE if carried is None else carried.stored.spelling
     base, adapter = weights.tensors, None
     if stored.has_adapter:
         adapter = DistWeights(found.checkpoint, hf, options.direct, adapter=True)
@@ -88,11 +97,21 @@ def megatron_to_hf(
     plan = Conversion(
         weights=weights,
         sources=sources,
-        source_files=[*stored.files, found.checkpoint / ".metadata", found.model / "config.json"],
+        source_files=[
+            *stored.files,
+            found.checkpoint / ".metadata",
+            found.model / "config.json",
+            *(carried.stored.files if carried is not None else ()),
+        ],
         target=lambda folder: SafetensorsTarget(
-            folder, base, max_shard_bytes, options.direct, None if adapter is None else adapter.tensors
+            folder,
+            base,
+            max_shard_bytes,
+            options.direct,
+            None if adapter is None else {ADAPTER_FILE: adapter.tensors},
+            spelling,
         ),
-        reopen=lambda folder: _reopen(folder, adapter is not None, options),
+        reopen=lambda folder: _reopen(folder, adapter is not None, spelling, options),
         finish=finish,
         about={
             "direction": "megatron-to-hf",
@@ -115,9 +134,9 @@ def megatron_to_hf(
     return convert(plan, out)
 
 
-def _reopen(folder: Path, adapter: bool, options: Options) -> Weights:
-    base = HFWeights(folder, options.direct)
-    return Beside(base, FileWeights(folder / ADAPTER / ADAPTER_TENSORS, options.direct)) if adapter else base
+def _reopen(folder: Path, adapter: bool, spelling: Spelling, options: Options) -> Weights:
+    base = HFWeights(folder, options.direct, spelling)
+    return Beside(base, FileWeights(folder / ADAPTER_FILE, options.direct)) if adapter else base
 
 
 def find(path: Path, hf_dir: Path | None = None) -> Found:
