@@ -25,8 +25,8 @@ from megapsft.models.hf_config import HFConfig
 from megapsft.objectives.registry import build_objective
 from megapsft.parallel import Mesh, plan_mesh
 from megapsft.platform.cpu import has_cuda
+from megapsft.policy.backend import choose_backend
 from megapsft.policy.build import model_shape
-from megapsft.policy.vocab_parallel import resolve_backend
 from megapsft.train.phases import Phase, has_old_policy, phases, reference_needs
 from megapsft.train.prepare import with_advantages
 from megapsft.train.rollout_options import OF_SGLANG, check_options, check_references
@@ -159,7 +159,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
             f"use data.max_length={hf.max_position_embeddings} or less",
         )
     check_checkpoint(config.model.path, family, hf)
-    resolve_backend(config.model.logprob_backend)
+    choose_backend(config.model.logprob_backend)
     _check_other_models(config, all_phases, hf)
     check_options(config)
     template = ChatTemplate.load(config.model.path)
