@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 core = [
-    "torch>=2.6",
+    "torch>=2.8",
     # 0.16.1 is the last for Python 3.11; 0.20 moves GPTModel to HybridModel. Never its extras: they pull CUDA-only packages
     "megatron-core>=0.16.1,<0.20",
     "psutil",  # megatron's asynchronous checkpoint writer hangs without it

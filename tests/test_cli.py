@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from megapsft.checkpoint.hf import read_config
 from megapsft.cli import COMMANDS, CONVERT, main
 from megapsft.models.families import parameter_count
+from megapsft.policy.backend import choose_backend
 from tests.command import megapsft
 
 TP = "parallel.tensor_model_parallel_size"
@@ -94,6 +95,7 @@ def test_a_dry_run_starts_nothing_and_says_everything(config, tiny_models):
     assert parameters == sum(tensor.numel() for tensor in stored.values())
     for text in (
         f"Qwen3ForCausalLM, {parameters:,} parameters, 4 layers",
+        "{}: {}".format(*choose_backend("auto")),
         "2 process(es): tp=2 dp=1",
         "64 of 64 rows (0 dropped, 0 truncated)",
         "12,022 tokens, 5,372 of them trained",

@@ -23,7 +23,8 @@ from megapsft.models.rope import inverse_frequencies
 from megapsft.parallel import Mesh, ModelShape
 from megapsft.platform.compat import fusions
 from megapsft.platform.machine import layers_of, this_machine
-from megapsft.policy.vocab_parallel import LogprobHead, resolve_backend
+from megapsft.policy.backend import working_backend
+from megapsft.policy.vocab_parallel import LogprobHead
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NO_FP8 = FP8Config()
@@ -49,6 +50,14 @@ class Policy:
 
     def gpt_models(self) -> list[GPTModel]:
         return [unwrap(chunk) for chunk in self.chunks]
+
+    def output_weight(self) -> torch.nn.Parameter | None:
+        """[V / p, D] of the output layer, tied or not; None where this pipeline stage has none."""
+        last = self.gpt_models()[-1]
+        if not last.post_process:
+            return None
+        tied = last.share_embeddings_and_output_weights
+        return last.shared_embedding_or_output_weight() if tied else last.output_layer.weight
 
     def head(self) -> torch.nn.Module | None:
         """The output layer, on the last pipeline stage: a LogprobHead, or a critic's ValueHead."""
@@ -150,7 +159,8 @@ def fp8_options(fp8: FP8Config) -> dict[str, Any]:
 
 
 def build_chunks(config: TransformerConfig, hf: HFConfig, model: ModelConfig, mesh: Mesh) -> list[GPTModel]:
-    """This rank's GPTModel chunks with uninitialised parameters; the last stage's output layer is a LogprobHead."""
+    """Collective. This rank's GPTModel chunks with uninitialised parameters; the last stage's output layer is a LogprobHead."""
+    backend, _ = working_backend(model.logprob_backend)
     chunks = []
     for stage in range(mesh.vpp):
         vp_stage = stage if mesh.vpp > 1 else None
@@ -169,7 +179,6 @@ def build_chunks(config: TransformerConfig, hf: HFConfig, model: ModelConfig, me
         # ours: Megatron knows one rope scaling, and hard-codes its original context length
         gpt.rotary_pos_emb.inv_freq = inverse_frequencies(hf).to(gpt.rotary_pos_emb.inv_freq.device)
         if gpt.post_process:
-            backend = resolve_backend(model.logprob_backend)
             LogprobHead.adopt(gpt.output_layer, hf.vocab_size, model.logprob_chunk_bytes, backend)
         if torch.cuda.is_available():
             gpt.cuda(torch.cuda.current_device())

@@ -59,7 +59,7 @@ class Swapped:
             self._exchange(policy)
 
     def output_weight(self, policy: Policy) -> Tensor | None:
-        weight = _output_weight(policy.gpt_models())
+        weight = policy.output_weight()
         kept = zip(_parameters(policy.gpt_models()), self._aside, strict=True)
         return next((aside.to(weight.device) for parameter, aside in kept if parameter is weight), None)
 
@@ -95,7 +95,7 @@ class Copied:
         yield self.frozen
 
     def output_weight(self, policy: Policy) -> Tensor | None:
-        return _output_weight(self.frozen.gpt_models())
+        return self.frozen.output_weight()
 
 
 def _gather(policy: Policy) -> None:
@@ -107,14 +107,6 @@ def _gather(policy: Policy) -> None:
 
 def _parameters(models: Sequence[GPTModel]) -> list[torch.nn.Parameter]:
     return [parameter for model in models for parameter in unwrap(model).parameters()]
-
-
-def _output_weight(models: Sequence[GPTModel]) -> torch.nn.Parameter | None:
-    last = models[-1]
-    if not last.post_process:
-        return None
-    tied = last.share_embeddings_and_output_weights
-    return last.shared_embedding_or_output_weight() if tied else last.output_layer.weight
 
 
 def _host(parameter: Tensor, pin: bool) -> Tensor:

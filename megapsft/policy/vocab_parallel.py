@@ -27,11 +27,10 @@ from torch import Tensor
 
 from megapsft.errors import Refused
 from megapsft.platform.ranges import span
+from megapsft.policy.backend import Backend, kernels
 from megapsft.policy.head import reference
 from megapsft.policy.head.chunked import Slabs, Vocabulary
 from megapsft.types import VocabularyTerm
-
-Backend = Literal["torch", "triton", "reference"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +74,10 @@ class LogprobHead(ColumnParallelLinear):
             return super().forward(input_, weight, runtime_gather_output)
         if request == "hidden":
             return input_, None
-        hidden = self._whole(input_)
+        hidden = self.whole(input_)
         term = {}
         if request.term is not None and request.term.kind != "gem":
-            term = {"ref_hidden": self._whole(request.ref_hidden).flatten(0, 1), "ref_weight": request.ref_weight}
+            term = {"ref_hidden": self.whole(request.ref_hidden).flatten(0, 1), "ref_weight": request.ref_weight}
         outputs = vocab_parallel_logprobs(
             hidden.flatten(0, 1),
             self.weight if weight is None else weight,
@@ -94,7 +93,7 @@ class LogprobHead(ColumnParallelLinear):
         )
         return torch.stack(outputs, dim=-1).view(*hidden.shape[:2], len(outputs)), None
 
-    def _whole(self, hidden: Tensor) -> Tensor:
+    def whole(self, hidden: Tensor) -> Tensor:
         """[S, B, D] on every rank; in the backward pass the gradients of the ranks' shards of the vocabulary are added."""
         if self.sequence_parallel:
             return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.tp_group)
@@ -149,42 +148,10 @@ def vocab_parallel_logprobs(
         temperature=temperature,
         entropy_gradient=entropy_gradient,
         term=term,
-        **({"blocks": _kernels()} if backend == "triton" else {}),
+        **({"blocks": kernels()} if backend == "triton" else {}),
     )
     if backend == "reference":
         outputs = reference.logprobs_entropy_term(hidden, weight, labels, ref_hidden, ref_weight, vocabulary, valid_vocab)
     else:
         outputs = Slabs.apply(hidden, weight, labels, ref_hidden, ref_weight, vocabulary)
     return outputs if term is not None else outputs[:2]
-
-
-def resolve_backend(name: str) -> Backend:
-    """`auto` is triton where CUDA and Triton are there, else torch.
-
-    Raises:
-        Refused: triton where it cannot run.
-    """
-    if name == "auto":
-        return "triton" if torch.cuda.is_available() and _have_triton() else "torch"
-    if name == "triton":
-        _kernels()
-    return name
-
-
-def _have_triton() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def _kernels() -> object:
-    """The module of Triton's kernels, imported where it is asked for only."""
-    if not _have_triton():
-        raise Refused("model.logprob_backend=triton", "needs the package triton", "pip install triton, or use auto or torch")
-    from megapsft.policy.head import triton_kernels
-
-    if not (torch.cuda.is_available() or triton_kernels.INTERPRETED):
-        raise Refused("model.logprob_backend=triton", "needs CUDA (or TRITON_INTERPRET=1, for tests)", "use auto or torch")
-    return triton_kernels

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from megapsft.config import Config
 from megapsft.models.families import parameter_count
+from megapsft.policy.backend import choose_backend
 from megapsft.policy.build import padded_vocab_size
 from megapsft.train.optimizer import learning_rate
 from megapsft.train.plan import RunPlan, run_folder, to_yaml
@@ -57,6 +58,7 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
     return [
         ("model", f"{hf.architecture}, {parameter_count(hf):,} parameters, {hf.num_hidden_layers} layers{experts}"),
         ("", f"{config.model.dtype}, vocabulary {hf.vocab_size:,} padded to {padded:,}"),
+        ("head", "{}: {}".format(*choose_backend(config.model.logprob_backend))),
         ("split", f"{mesh.world_size} process(es): {mesh.describe()}"),
         ("data", f"{len(data.groups):,} of {data.rows:,} rows ({data.dropped} dropped, {data.truncated} truncated)"),
         ("", f"{tokens:,} tokens, {data.response_tokens:,} of them trained; mean length {tokens / samples:.1f}"),

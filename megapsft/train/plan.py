@@ -27,8 +27,8 @@ from megapsft.parallel import Mesh, plan_mesh, with_overlap
 from megapsft.platform.apex import note_on_apex
 from megapsft.platform.cpu import has_cuda
 from megapsft.platform.machine import layers_of, note_on_layers, this_machine
+from megapsft.policy.backend import choose_backend
 from megapsft.policy.build import model_shape
-from megapsft.policy.vocab_parallel import resolve_backend
 from megapsft.train.fp8 import alignment, check_fp8, note_on_fp8
 from megapsft.train.phases import Phase, has_old_policy, phases, reference_needs
 from megapsft.train.prepare import with_advantages
@@ -169,7 +169,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
     layers_of(config.model, this_machine())
     compares = any(reference_needs(phase.objective) for phase in all_phases)
     check_fp8(config, hf, mesh, this_machine(), compares)
-    resolve_backend(config.model.logprob_backend)
+    choose_backend(config.model.logprob_backend)
     _check_other_models(config, all_phases, hf)
     swapped = compares and config.reference.placement == "swap"
     config = dataclasses.replace(config, parallel=with_overlap(config.parallel, has_cuda(), swapped))

@@ -35,6 +35,7 @@ from megapsft.platform.chips import TFLOPS, bf16_peak, driver_name
 from megapsft.platform.clock import Clock, part
 from megapsft.platform.hang import HangWatch, Heartbeat
 from megapsft.platform.memory import memory_of_fullest_rank
+from megapsft.policy.backend import choose_backend, working_backend
 from megapsft.policy.build import Policy, build_chunks, distribute, half, transformer_config
 from megapsft.policy.critic import with_value_heads
 from megapsft.policy.reference import Copied, Reference, Swapped
@@ -349,6 +350,9 @@ def start(plan: RunPlan, evaluation: Evaluation | None = None, signalled: Callab
         _continue(run, plan.checkpoint)
     run.sinks = _open_sinks(plan, run.done) if first else None
     run.progress = _open_progress(plan, run.done) if first and config.log.progress else None
+    (planned, _), (backend, why) = (choose(config.model.logprob_backend) for choose in (choose_backend, working_backend))
+    if backend != planned:
+        run.say(f"The head is computed by {backend}, not by {planned}: {why}.")
     if config.train.hang_factor is not None:
         run.heart = Heartbeat(config.train.hang_factor, config.train.hang_seconds)
         run.hang = HangWatch(run.heart, run_folder(config) / "stacks", dist.get_rank())

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megapsft.policy.backend import choose_backend, failure
 from megapsft.policy.head import statistics as plain
 from megapsft.policy.head.statistics import Known, Wanted
-from megapsft.policy.vocab_parallel import resolve_backend
 from tests.policy.test_head_terms import TERMS, head, loss_of, textbook
 
 VOCAB, PADDED = 151_936, 152_064
@@ -57,8 +57,9 @@ def relative(value, exact):
     return float((value.double() - exact).norm() / exact.norm())
 
 
-def test_auto_is_triton():
-    assert resolve_backend("auto") == resolve_backend("triton") == "triton"
+def test_auto_is_triton_whose_kernels_run():
+    assert choose_backend("auto") == choose_backend("triton") == ("triton", "CUDA and Triton are here")
+    assert failure() is None
 
 
 def check(size, dtype, term, temperature, tolerance, record_property):

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megapsft.policy.backend import failure
 from megapsft.policy.head import statistics as plain
 from megapsft.policy.head.statistics import Known, Wanted
 from tests.policy.test_head_terms import TERMS, _shard, edges, exact, head, inputs, loss_of, textbook
@@ -201,6 +202,12 @@ def as_on_a_gpu(term):
     return {"raised": [0, 0]}
 
 
+def checked():
+    """What is looked at before the kernels are used finds nothing wrong with them."""
+    found = failure()
+    return {str(found): [int(found is not None), 0]}
+
+
 CASES = {f"shards {term} {dtype}": (blocks, term, dtype) for term in TERMS for dtype in ("fp32", "bf16")}
 CASES |= {
     "shards fp16": (blocks, "none", "fp16"),
@@ -225,6 +232,7 @@ CASES |= {f"as on a GPU {term}": (as_on_a_gpu, term) for term in TERMS}
 CASES["head by blocks and slabs"] = (whole_head, "forward_kl", "fp32", 5003, 4 * 9 * 2500)
 CASES |= {f"ranks {term}": (real_shards, term, 2, 101, 128) for term in ("none", "gem logsigmoid")}
 CASES["ranks of padding"] = (real_shards, "forward_kl", 4, 60, 256)
+CASES["the check before they are used"] = (checked,)
 CASES |= {f"no logits {shape}": (no_logits, *shape) for shape in ((0, 5), (4, 0), (0, 0))}
 
 

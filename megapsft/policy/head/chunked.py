@@ -2,8 +2,10 @@
 
 The forward pass merges the statistics of the slabs; the backward pass makes each slab again, turns it into its gradient in its
 place, and multiplies that out: the weight's gradient of a slab is written once, by one product over all tokens (more than
-MOST_TOKENS take several, whose fp32 sum is of a slab's columns alone). Operands of products are in the model's dtype, all else is
-fp32 (fp64 for fp64 models). Elementwise work goes by blocks of rows, which stay in the cache.
+MOST_TOKENS take several, whose fp32 sum is of a slab's columns alone). Where Megatron's data parallelism gives the weight an fp32
+`main_grad`, that product is added to it as it is: the sum over microbatches never passes through the model's dtype. Operands of
+products are in the model's dtype, all else is fp32 (fp64 for fp64 models). Elementwise work goes by blocks of rows, which stay in
+the cache.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 from megapsft.platform.ranges import span
 from megapsft.policy.head import statistics
 from megapsft.policy.head.statistics import Known, Wanted, finish, merge, nothing
+from megapsft.policy.head.weight_gradient import accumulate, gradient_of
 from megapsft.types import VocabularyTerm
 
 BLOCK_BYTES = 2**20  # of logits that elementwise work goes over several times
@@ -87,9 +90,7 @@ class Slabs(torch.autograd.Function):
         exact = known.top.dtype
         grads = [None if g is None else g / vocabulary.temperature for g in (grad_logprobs, grad_entropy, grad_term)]
         grad_hidden = torch.zeros_like(hidden, dtype=exact)
-        # slabs fill it; padded rows, and shards of nothing else, are not trained
-        grad_weight = torch.zeros_like(weight) if len(hidden) == 0 else torch.empty_like(weight)
-        grad_weight[vocabulary.columns :] = 0
+        of_weight = gradient_of(weight, vocabulary.columns) if ctx.needs_input_grad[1] else None
         room, ref_room = _rooms(hidden if kept is None else None, ref_hidden, vocabulary)
         for rows, columns in _tiles(len(hidden), vocabulary):
             slab = kept if kept is not None else room.product(hidden[rows], weight[columns])
@@ -104,15 +105,10 @@ class Slabs(torch.autograd.Function):
                 done = vocabulary.blocks.gradient(z, r, at, part, wanted, vocabulary.term, **vocabulary.raw)
                 if done.data_ptr() != slab[local].data_ptr():
                     slab[local] = done
-            _accumulate(grad_hidden[rows], slab, weight[columns])
-            if rows.start == 0:
-                filled = torch.mm(slab.T, hidden[rows], out=grad_weight[columns])
-                total = filled if rows.stop == len(hidden) else filled.to(exact)
-            else:
-                _accumulate(total, slab.T, hidden[rows])
-                if rows.stop == len(hidden):
-                    filled.copy_(total)
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
+            accumulate(grad_hidden[rows], slab, weight[columns])
+            if of_weight is not None:
+                of_weight.add(slab, hidden, rows, columns, exact)
+        return grad_hidden.to(hidden.dtype), None if of_weight is None else of_weight.finish(), None, None, None, None
 
 
 def _fits(hidden: Tensor, vocabulary: Vocabulary) -> bool:
@@ -169,14 +165,6 @@ def _exact(logits: Tensor, dtype: torch.dtype, vocabulary: Vocabulary, copy: boo
         return logits
     logits = logits.to(dtype, copy=copy)
     return logits if vocabulary.temperature == 1 else logits.div_(vocabulary.temperature)
-
-
-def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in the dtype of the total."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
 
 
 def _targets(hidden: Tensor, weight: Tensor, labels: Tensor, vocabulary: Vocabulary, exact: torch.dtype) -> Tensor:
