@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
@@ -15,6 +15,7 @@ from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from megapsft.errors import Refused
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,16 @@ class ModelConfig:
     logprob_backend: Literal["auto", "torch", "triton", "reference"] = "auto"  # auto: triton on CUDA, else torch
     moe_aux_loss_coeff: NonNegativeFloat = 0.0  # of the balance of experts within each sequence, summed over layers
     moe_routing_replay: Literal[False, True, "rollout"] = False  # true: experts of the old pass again; rollout: of the engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Adapters that are trained instead of the weights: y = W x + alpha / rank B A x, with PEFT's names. See docs/lora.md."""
+
+    __pydantic_config__ = STRICT
+    rank: PositiveInt | None = None  # rows of A, columns of B; null: no adapters, all weights are trained
+    alpha: PositiveFloat = 32.0
+    target_modules: tuple[Projection, ...] = get_args(Projection)  # of attention, MLPs and experts alike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +243,7 @@ class Config:
     __pydantic_config__ = STRICT
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: dict[str, Any] = field(default_factory=lambda: {"name": "psft"})
     rewards: tuple[dict[str, Any], ...] = ()  # of sampled responses: [{name: math_answer}, {name: format, weight: 0.1}], summed

@@ -32,8 +32,10 @@ from megapsft.checkpoint.files.torch_dist import check_harmless, read_index
 from megapsft.checkpoint.optimizer_state import adam_step, load_state, sharded_state
 from megapsft.checkpoint.state import STATE, check_architecture, read_state, shape_of
 from megapsft.checkpoint.together import refuse_together
+from megapsft.checkpoint.weights.live import lora_of
 from megapsft.config import CheckpointConfig
 from megapsft.errors import Refused
+from megapsft.models.adapters import is_adapter
 from megapsft.platform.compat import save_checkpoint
 from megapsft.policy.build import Policy
 
@@ -156,8 +158,14 @@ def latest(folder: Path) -> Path | None:
 
 
 def model_state(chunks: Sequence[GPTModel], prefix: str = "") -> dict[str, Any]:
-    """Sharded tensors of all chunks; keys are of the whole model, so any split can read them."""
-    return {f"chunk{index}": gpt.sharded_state_dict(prefix=prefix) for index, gpt in enumerate(chunks)}
+    """Sharded tensors of all chunks; keys are of the whole model, so any split can read them. Of a model with adapters only they.
+
+    What they are beside is frozen, and in the folder that the run started from.
+    """
+    state = {f"chunk{index}": gpt.sharded_state_dict(prefix=prefix) for index, gpt in enumerate(chunks)}
+    if lora_of(chunks) is None:
+        return state
+    return {chunk: {key: value for key, value in tensors.items() if is_adapter(key)} for chunk, tensors in state.items()}
 
 
 def load_model(path: Path, chunks: Sequence[GPTModel]) -> None:
@@ -177,7 +185,8 @@ def _read(content: dict[str, Any], path: Path) -> dict[str, Any]:
 def _fill(chunks: Sequence[GPTModel], loaded: dict[str, Any], prefix: str = "") -> None:
     for index, gpt in enumerate(chunks):
         state = loaded[f"chunk{index}"]
-        gpt.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()}, strict=True)
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+        gpt.load_state_dict(tensors, strict=lora_of(chunks) is None)  # Megatron gave all that was asked for, or refused
 
 
 def _mesh(policy: Policy) -> str:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import yaml
 
+from megapsft.checkpoint.adapters import BASE, check_base, identity
 from megapsft.checkpoint.dist import check_architecture, latest, read_state, shape_of
 from megapsft.checkpoint.hf import check_checkpoint, read_config
-from megapsft.config import Config, CriticConfig, ReferenceConfig, TrainConfig, flatten, load_config, to_dict
+from megapsft.config import Config, CriticConfig, LoRAConfig, ReferenceConfig, TrainConfig, flatten, load_config, to_dict
 from megapsft.data.chat_template import ChatTemplate
 from megapsft.data.dataset import Dataset
 from megapsft.data.plan import Layout, Plan, plan_update
@@ -66,6 +67,7 @@ class RunPlan:
     data: Dataset
     sampler: Sampler
     checkpoint: Path | None  # to continue from
+    base: str | None  # identity of the weights that adapters are trained beside; None: the weights are trained themselves
     notes: tuple[str, ...]  # what the user should know before it starts
 
     @property
@@ -158,7 +160,8 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
             f"exceeds max_position_embeddings={hf.max_position_embeddings} of {config.model.path}",
             f"use data.max_length={hf.max_position_embeddings} or less",
         )
-    check_checkpoint(config.model.path, family, hf)
+    weights = check_checkpoint(config.model.path, family, hf).weights
+    _check_adapters(config, mesh, hf)
     resolve_backend(config.model.logprob_backend)
     _check_other_models(config, all_phases, hf)
     check_options(config)
@@ -177,11 +180,15 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         data=data,
         sampler=Sampler(len(data.groups), train.batch_size, train.seed, config.data.shuffle),
         checkpoint=latest(checkpoint_folder(config)),
+        base=identity(weights) if config.lora.rank is not None else None,
         notes=(),
     )
     if plan.checkpoint is not None:
-        check_architecture(plan.checkpoint, read_state(plan.checkpoint), hf)
+        state = read_state(plan.checkpoint)
+        check_architecture(plan.checkpoint, state, hf)
         _check_continues(plan)
+        if plan.base is not None:
+            check_base(plan.base, state[BASE], Path(config.model.path), plan.checkpoint)
     return _with_notes(plan)
 
 
@@ -229,6 +236,33 @@ def _check_other_models(config: Config, all_phases: Sequence[Phase], hf: HFConfi
         rule = f"gives policy and old policy the same experts, and objective.name={name} has no old policy"
         value = f"model.moe_routing_replay={str(config.model.moe_routing_replay).lower()}"
         raise Refused(value, rule, "leave it out, or choose an objective with a ratio")
+
+
+def _check_adapters(config: Config, mesh: Mesh, hf: HFConfig) -> None:
+    """Refuse adapters that cannot be split, or that nothing is trained of, and options of them where there are none."""
+    lora, default = config.lora, LoRAConfig()
+    if lora.rank is None:
+        for field in ("alpha", "target_modules"):
+            if getattr(lora, field) != getattr(default, field):
+                rule = "says something of adapters, but lora.rank=null has none"
+                raise Refused(f"lora.{field}={_shown(getattr(lora, field))}", rule, "set lora.rank, such as 16, or leave it out")
+        return
+    if len(set(lora.target_modules)) < max(1, len(lora.target_modules)):
+        rule = "names none" if not lora.target_modules else "names one twice"
+        known = ", ".join(default.target_modules)
+        raise Refused(f"lora.target_modules={_shown(lora.target_modules)}", rule, f"use some of {known}")
+    sizes = {"tensor_model_parallel_size": mesh.tp, "expert_tensor_parallel_size": mesh.etp if hf.num_experts else 1}
+    for name, size in sizes.items():
+        if lora.rank % size:
+            rule = f"is not divided by parallel.{name}={size}, which splits A and B"
+            raise Refused(f"lora.rank={lora.rank}", rule, f"use lora.rank={-(-lora.rank // size) * size}")
+    if config.reference.path is not None:
+        rule = "is another model, and with lora.rank the reference is this one with its adapters as they were"
+        raise Refused(f"reference.path={config.reference.path}", rule, "leave it out, or train all weights (lora.rank=null)")
+
+
+def _shown(value: object) -> str:
+    return f"[{','.join(value)}]" if isinstance(value, tuple) else str(value)
 
 
 def _check_data(config: Config, all_phases: Sequence[Phase], data: Dataset) -> None:

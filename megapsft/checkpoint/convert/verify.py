@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megapsft.checkpoint.adapters import adapter_of, base_of, merged, merges_adapters
 from megapsft.checkpoint.convert.hf_to_megatron import with_adapter
 from megapsft.checkpoint.convert.manifest import MANIFEST, describe, hash_outside, read_manifest
 from megapsft.checkpoint.convert.megatron_to_hf import find
@@ -84,7 +85,7 @@ def verify(hf_dir: Path, against: Path, model: Path | None = None, options: Opti
 
 
 def open_side(path: Path, model: Path | None, options: Options) -> Side:
-    """The weights at `path`, as they are stored, and the adapter beside them."""
+    """The weights at `path`, as they are stored, and the adapter beside them; those of a run that trained adapters, merged."""
     path = Path(path)
     if is_hf(path):
         file = path / ADAPTER / ADAPTER_TENSORS
@@ -92,9 +93,14 @@ def open_side(path: Path, model: Path | None, options: Options) -> Side:
         stored = Beside(base, FileWeights(file, options.direct)) if file.is_file() else base
         return Side(path, path, read_config(path), stored, stored, manifest, (manifest or {}).get("step"))
     found = find(path, model)
-    hf, stored = read_config(found.model), with_adapter(found.checkpoint, read_config(found.model), options)
-    state = read_state(found.checkpoint) if (found.checkpoint / STATE).is_file() else {}
+    hf, state = read_config(found.model), read_state(found.checkpoint) if (found.checkpoint / STATE).is_file() else {}
     folder = found.checkpoint.parent
+    if merges_adapters(state):
+        stored = DistWeights(found.checkpoint, hf, options.direct, adapter=True)
+        base = base_of(found.checkpoint, state, found.model, hf)
+        weights = merged(base, adapter_of(stored, found.model), None, hf)
+        return Side(found.checkpoint, folder, hf, stored, weights, read_manifest(folder), state.get("step"))
+    stored = with_adapter(found.checkpoint, hf, options)
     return Side(found.checkpoint, folder, hf, stored, stored, read_manifest(folder), state.get("step"))
 
 

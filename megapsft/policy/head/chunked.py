@@ -84,9 +84,10 @@ class Slabs(torch.autograd.Function):
         exact = known.top.dtype
         grads = [None if g is None else g / vocabulary.temperature for g in (grad_logprobs, grad_entropy, grad_term)]
         grad_hidden = torch.zeros_like(hidden, dtype=exact)
-        # slabs fill it; padded rows, and shards of nothing else, are not trained
-        grad_weight = torch.zeros_like(weight) if len(hidden) == 0 else torch.empty_like(weight)
-        grad_weight[vocabulary.columns :] = 0
+        trained, grad_weight = ctx.needs_input_grad[1], None
+        if trained:  # slabs fill it; padded rows, and shards of nothing else, are not trained
+            grad_weight = torch.zeros_like(weight) if len(hidden) == 0 else torch.empty_like(weight)
+            grad_weight[vocabulary.columns :] = 0
         room, ref_room = _rooms(hidden if kept is None else None, ref_hidden, vocabulary)
         for rows, columns in _tiles(len(hidden), vocabulary):
             slab = kept if kept is not None else room.product(hidden[rows], weight[columns])
@@ -102,6 +103,8 @@ class Slabs(torch.autograd.Function):
                 if done.data_ptr() != slab[local].data_ptr():
                     slab[local] = done
             _accumulate(grad_hidden[rows], slab, weight[columns])
+            if not trained:
+                continue
             if rows.start == 0:
                 filled = torch.mm(slab.T, hidden[rows], out=grad_weight[columns])
                 total = filled if rows.stop == len(hidden) else filled.to(exact)
