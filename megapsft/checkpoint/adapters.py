@@ -115,7 +115,7 @@ def merges_adapters(state: dict[str, Any]) -> bool:
 
 
 def merged(base: Weights, adapter: Adapter, dtype: torch.dtype | None, hf: HFConfig) -> Weights:
-    """The weights of a policy: the base in the run's dtype, which the adapters have, then in `dtype`, with them merged into it.
+    """The weights of a policy: the base in the run's dtype, which adapters have, then in `dtype`, with them merged into it.
 
     Args:
         dtype: of the weights; None: the run's.

@@ -78,9 +78,14 @@ def head_forward(hf: HFConfig, mesh: Mesh, work: Workload, divisible_by: int) ->
     return Operations(head=2 * work.positions / mesh.cp * vocabulary * hf.hidden_size / mesh.tp)
 
 
-def head_training(forward: Operations, config: Config) -> Operations:
-    """Forward and backward: slabs of logits are made again for their gradient."""
-    return forward * (1 + BACKWARD + (config.model.logprob_backend != "reference"))
+def head_again(forward: Operations, config: Config) -> Operations:
+    """Slabs of logits are made again for their gradient."""
+    return forward * (config.model.logprob_backend != "reference")
+
+
+def backward(forward: Operations, frozen: bool) -> Operations:
+    """Gradients of inputs and of weights; where these are frozen, of inputs alone. Those of adapters are left out."""
+    return forward * BACKWARD if not frozen else forward + forward.only("attention")
 
 
 def seconds(done: Operations, hf: HFConfig, mesh: Mesh, gpu: GPU, execution: Execution) -> float:
@@ -102,9 +107,9 @@ def optimizer_seconds(parameters: float, gpu: GPU) -> float:
     return parameters * (2 * (MASTER + MOMENTS) + GRADIENT + 2) / (HBM * gpu.hbm)
 
 
-def useful_operations(hf: HFConfig, work: Workload) -> float:
+def useful_operations(hf: HFConfig, work: Workload, frozen: bool) -> float:
     """FLOP of a token in training, over all ranks, that any system computes: nothing twice, no padding. Of MFU."""
     dense, experts = active_per_token(hf)
     attention = 4 * hf.num_attention_heads * hf.head_dim * work.length / 2
-    forward = hf.num_hidden_layers * (2 * (dense + experts) + attention) + 2 * hf.vocab_size * hf.hidden_size
-    return (1 + BACKWARD) * forward
+    weights = hf.num_hidden_layers * 2 * (dense + experts) + 2 * hf.vocab_size * hf.hidden_size
+    return (1 + BACKWARD) * hf.num_hidden_layers * attention + (BACKWARD if frozen else 1 + BACKWARD) * weights

@@ -32,7 +32,7 @@ from megapsft.train.phases import Phase, has_old_policy, phases, reference_needs
 from megapsft.train.prepare import with_advantages
 from megapsft.train.rollout_options import OF_SGLANG, check_options, check_references
 from megapsft.train.sources import Rows, load_dataset
-from megapsft.types import Group
+from megapsft.types import Group, Objective
 
 # what a continued run may change: how it is computed, kept and shown, never what is computed
 MAY_CHANGE = (
@@ -161,7 +161,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
             f"use data.max_length={hf.max_position_embeddings} or less",
         )
     weights = check_checkpoint(config.model.path, family, hf).weights
-    _check_adapters(config, mesh, hf)
+    check_adapters(config, mesh, hf, all_phases[-1].objective)
     resolve_backend(config.model.logprob_backend)
     _check_other_models(config, all_phases, hf)
     check_options(config)
@@ -238,8 +238,8 @@ def _check_other_models(config: Config, all_phases: Sequence[Phase], hf: HFConfi
         raise Refused(value, rule, "leave it out, or choose an objective with a ratio")
 
 
-def _check_adapters(config: Config, mesh: Mesh, hf: HFConfig) -> None:
-    """Refuse adapters that cannot be split, or that nothing is trained of, and options of them where there are none."""
+def check_adapters(config: Config, mesh: Mesh, hf: HFConfig, objective: Objective) -> None:
+    """Refuse adapters that cannot be split or that nothing is trained of, with a critic or another reference; options of none."""
     lora, default = config.lora, LoRAConfig()
     if lora.rank is None:
         for field in ("alpha", "target_modules"):
@@ -256,6 +256,9 @@ def _check_adapters(config: Config, mesh: Mesh, hf: HFConfig) -> None:
         if lora.rank % size:
             rule = f"is not divided by parallel.{name}={size}, which splits A and B"
             raise Refused(f"lora.rank={lora.rank}", rule, f"use lora.rank={-(-lora.rank // size) * size}")
+    if objective.critic:
+        rule = f"trains adapters, and objective.name={config.objective['name']} a critic, of which all weights are trained"
+        raise Refused(f"lora.rank={lora.rank}", rule, "use an objective without one, such as grpo, or lora.rank=null")
     if config.reference.path is not None:
         rule = "is another model, and with lora.rank the reference is this one with its adapters as they were"
         raise Refused(f"reference.path={config.reference.path}", rule, "leave it out, or train all weights (lora.rank=null)")
