@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
@@ -15,6 +15,7 @@ from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from megapsft.errors import Refused
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,16 @@ class FP8Config:
     amax_history_len: PositiveInt = 1024  # delayed: passes whose largest values are remembered
     amax_compute_algo: Literal["max", "most_recent"] = "max"  # delayed: which of them sets the scale
     param_gather: bool = False  # weights are held, and gathered by the distributed optimizer, in FP8; not mxfp8
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Adapters that are trained instead of the weights: y = W x + alpha / rank B A x, with PEFT's names. See docs/lora.md."""
+
+    __pydantic_config__ = STRICT
+    rank: PositiveInt | None = None  # rows of A, columns of B; null: no adapters, all weights are trained
+    alpha: PositiveFloat = 32.0
+    target_modules: tuple[Projection, ...] = get_args(Projection)  # of attention, MLPs and experts alike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +272,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     fp8: FP8Config = field(default_factory=FP8Config)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: dict[str, Any] = field(default_factory=lambda: {"name": "psft"})
     rewards: tuple[dict[str, Any], ...] = ()  # of sampled responses: [{name: math_answer}, {name: format, weight: 0.1}], summed

@@ -32,8 +32,10 @@ from megapsft.checkpoint.files.torch_dist import check_harmless, read_index
 from megapsft.checkpoint.optimizer_state import adam_step, load_state, round_again, sharded_state
 from megapsft.checkpoint.state import STATE, check_architecture, read_state, shape_of
 from megapsft.checkpoint.together import from_first
+from megapsft.checkpoint.weights.live import lora_of
 from megapsft.config import CheckpointConfig
 from megapsft.errors import Refused
+from megapsft.models.adapters import is_adapter
 from megapsft.platform.compat import save_checkpoint, transformer_engine_states
 from megapsft.policy.build import Policy
 
@@ -158,8 +160,14 @@ def latest(folder: Path) -> Path | None:
 
 
 def model_state(chunks: Sequence[GPTModel], prefix: str = "") -> dict[str, Any]:
-    """Sharded tensors of all chunks; keys are of the whole model, so any split can read them."""
-    return {f"chunk{index}": gpt.sharded_state_dict(prefix=prefix) for index, gpt in enumerate(chunks)}
+    """Sharded tensors of all chunks; keys are of the whole model, so any split can read them. Of a model with adapters only they.
+
+    What they are beside is frozen, and in the folder that the run started from.
+    """
+    state = {f"chunk{index}": gpt.sharded_state_dict(prefix=prefix) for index, gpt in enumerate(chunks)}
+    if lora_of(chunks) is None:
+        return state
+    return {chunk: {key: value for key, value in tensors.items() if is_adapter(key)} for chunk, tensors in state.items()}
 
 
 def load_model(path: Path, chunks: Sequence[GPTModel]) -> None:
@@ -194,7 +202,8 @@ def _fill(chunks: Sequence[GPTModel], loaded: dict[str, Any], prefix: str = "") 
         state = {name.removeprefix(prefix): tensor for name, tensor in loaded[f"chunk{index}"].items()}
         with transformer_engine_states():
             found = gpt.load_state_dict(state, strict=False)
-        amiss = [name for name in (*found.missing_keys, *found.unexpected_keys) if "_extra_state" not in name]
+        absent = () if lora_of(chunks) is not None else found.missing_keys  # what adapters are beside is not in a checkpoint
+        amiss = [name for name in (*absent, *found.unexpected_keys) if "_extra_state" not in name]
         if amiss:
             raise Refused(f"parameter {amiss[0]}", "is in the model or the checkpoint alone", "load one of this architecture")
 

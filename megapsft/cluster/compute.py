@@ -76,9 +76,14 @@ def head_forward(hf: HFConfig, mesh: Mesh, work: Workload, divisible_by: int) ->
     return Operations(head=2 * work.positions / mesh.cp * vocabulary * hf.hidden_size / mesh.tp)
 
 
-def head_training(forward: Operations, config: Config) -> Operations:
-    """Forward and backward: slabs of logits are made again for their gradient."""
-    return forward * (1 + BACKWARD + (config.model.logprob_backend != "reference"))
+def head_again(forward: Operations, config: Config) -> Operations:
+    """Slabs of logits are made again for their gradient."""
+    return forward * (config.model.logprob_backend != "reference")
+
+
+def backward(forward: Operations, frozen: bool) -> Operations:
+    """Gradients of inputs and of weights; where these are frozen, of inputs alone. Those of adapters are left out."""
+    return forward * BACKWARD if not frozen else forward + forward.only("attention")
 
 
 def seconds(done: Operations, hf: HFConfig, mesh: Mesh, gpu: GPU, execution: Execution) -> float:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from megapsft.config import LoRAConfig
+from megapsft.models.adapters import trained_rules
 from megapsft.models.families import layer_rules
 from megapsft.models.hf_config import HFConfig
 from megapsft.models.parameters import Rule
@@ -53,8 +57,18 @@ class Parameters:
 @lru_cache(maxsize=4096)
 def of_layer(hf: HFConfig, tp: int, ep: int, etp: int) -> Parameters:
     """A decoder layer on one rank."""
+    return _on_rank(layer_rules(hf), tp, ep, etp)
+
+
+@lru_cache(maxsize=4096)
+def adapters_of_layer(hf: HFConfig, lora: LoRAConfig, tp: int, ep: int, etp: int) -> Parameters:
+    """The adapters beside a decoder layer, on one rank."""
+    return _on_rank(trained_rules(dataclasses.replace(hf, num_hidden_layers=1), lora), tp, ep, etp)
+
+
+def _on_rank(rules: Sequence[Rule], tp: int, ep: int, etp: int) -> Parameters:
     dense, experts = Numbers(), Numbers()
-    for rule in layer_rules(hf):
+    for rule in rules:
         if rule.expert:
             experts += of_tensor(local_size(rule, etp))
         else:
@@ -87,6 +101,14 @@ def of_chunk(hf: HFConfig, mesh: Mesh, divisible_by: int, stage: int, chunk: int
 def of_stage(hf: HFConfig, mesh: Mesh, divisible_by: int, stage: int) -> tuple[Parameters, ...]:
     """All chunks of a pipeline stage."""
     return tuple(of_chunk(hf, mesh, divisible_by, stage, chunk) for chunk in range(mesh.vpp))
+
+
+def trained_of_stage(hf: HFConfig, mesh: Mesh, divisible_by: int, lora: LoRAConfig, stage: int) -> tuple[Parameters, ...]:
+    """What of the chunks of a pipeline stage is trained: all of it, or the adapters alone."""
+    if lora.rank is None:
+        return of_stage(hf, mesh, divisible_by, stage)
+    layer, layers = adapters_of_layer(hf, lora, mesh.tp, mesh.ep, mesh.etp), hf.num_hidden_layers // (mesh.pp * mesh.vpp)
+    return (Parameters(layer.dense * layers, layer.expert * layers),) * mesh.vpp
 
 
 def replicas(mesh: Mesh) -> tuple[int, int]:

@@ -23,7 +23,7 @@ def active_per_token(hf: HFConfig) -> tuple[int, int]:
     return dense, experts * hf.num_experts_per_tok // hf.num_experts if hf.num_experts else 0
 
 
-def model_flops(hf: HFConfig, tokens: float, squared_lengths: float, *, head: bool = True) -> float:
+def model_flops(hf: HFConfig, tokens: float, squared_lengths: float, *, head: bool = True, frozen: bool = False) -> float:
     """FLOP of forward and backward passes over some samples, a multiplication and an addition counting as two. Of MFU.
 
         3 (2 N tokens + 2 layers heads head_dim sum of l^2)
@@ -38,6 +38,7 @@ def model_flops(hf: HFConfig, tokens: float, squared_lengths: float, *, head: bo
         tokens: of all samples, padding left out.
         squared_lengths: sum of l^2 over the samples, l being tokens of one.
         head: False for a model with a scalar head, whose weights are next to nothing.
+        frozen: whether weights have no gradient, since adapters are trained, which are left out: 2 (2 N tokens), not 3.
 
     Example:
         >>> model_flops(qwen3_8b, 4096, 4096**2) / 4096  # a sample of 4096 tokens, by the token
@@ -46,7 +47,7 @@ def model_flops(hf: HFConfig, tokens: float, squared_lengths: float, *, head: bo
     dense, experts = active_per_token(hf)
     weights = hf.num_hidden_layers * (dense + experts) + (hf.vocab_size * hf.hidden_size if head else 0)
     attention = 2 * hf.num_hidden_layers * hf.num_attention_heads * hf.head_dim * squared_lengths
-    return (1 + BACKWARD) * (2.0 * weights * tokens + attention)
+    return (BACKWARD if frozen else 1 + BACKWARD) * 2.0 * weights * tokens + (1 + BACKWARD) * attention
 
 
 __all__ = ["BACKWARD", "active_per_token", "model_flops"]

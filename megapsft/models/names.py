@@ -14,7 +14,7 @@ HF_EMBEDDING, HF_OUTPUT = "model.embed_tokens.weight", "lm_head.weight"  # Huggi
 TRANSFORMER_ENGINE = (
     (re.compile(r"\.self_attention\.linear_qkv\.layer_norm_(weight|bias)$"), r".input_layernorm.\1"),
     (re.compile(r"\.mlp\.linear_fc1\.layer_norm_(weight|bias)$"), r".pre_mlp_layernorm.\1"),
-    (re.compile(r"\.mlp\.experts\.(linear_fc[12])\.weight(\d+)$"), r".mlp.experts.local_experts.\2.\1.weight"),
+    (re.compile(r"\.mlp\.experts\.(linear_fc[12]\.(?:adapter\.\S+\.)?)weight(\d+)$"), r".mlp.experts.local_experts.\2.\1weight"),
 )
 LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 EXPERT = re.compile(r"\.local_experts\.(\d+)\.")

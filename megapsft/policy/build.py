@@ -48,6 +48,11 @@ class Policy:
     def device(self) -> torch.device:
         return next(self.chunks[0].parameters()).device
 
+    @property
+    def frozen(self) -> bool:
+        """Whether its weights stay as they are, and adapters beside them are trained."""
+        return getattr(self.gpt_models()[0], "lora", None) is not None
+
     def gpt_models(self) -> list[GPTModel]:
         return [unwrap(chunk) for chunk in self.chunks]
 

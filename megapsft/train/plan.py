@@ -9,9 +9,10 @@ from pathlib import Path
 
 import yaml
 
+from megapsft.checkpoint.adapters import BASE, check_base, identity
 from megapsft.checkpoint.dist import check_architecture, latest, read_state, shape_of
 from megapsft.checkpoint.hf import check_checkpoint, read_config
-from megapsft.config import Config, CriticConfig, ReferenceConfig, TrainConfig, flatten, load_config, to_dict
+from megapsft.config import Config, CriticConfig, LoRAConfig, ReferenceConfig, TrainConfig, flatten, load_config, to_dict
 from megapsft.data.chat_template import ChatTemplate
 from megapsft.data.dataset import Dataset
 from megapsft.data.plan import Layout, Plan, plan_update
@@ -35,7 +36,7 @@ from megapsft.train.prepare import with_advantages
 from megapsft.train.profile import check_profile, next_steps
 from megapsft.train.rollout_options import OF_SGLANG, check_options, check_references
 from megapsft.train.sources import Rows, load_dataset
-from megapsft.types import Group
+from megapsft.types import Group, Objective
 
 # what a continued run may change: how it is computed, kept and shown, never what is computed
 MAY_CHANGE = (
@@ -72,6 +73,7 @@ class RunPlan:
     data: Dataset
     sampler: Sampler
     checkpoint: Path | None  # to continue from
+    base: str | None  # identity of the weights that adapters are trained beside; None: the weights are trained themselves
     notes: tuple[str, ...]  # what the user should know before it starts
 
     @property
@@ -165,10 +167,11 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
             f"exceeds max_position_embeddings={hf.max_position_embeddings} of {config.model.path}",
             f"use data.max_length={hf.max_position_embeddings} or less",
         )
-    check_checkpoint(config.model.path, family, hf)
+    weights = check_checkpoint(config.model.path, family, hf).weights
     layers_of(config.model, this_machine())
     compares = any(reference_needs(phase.objective) for phase in all_phases)
     check_fp8(config, hf, mesh, this_machine(), compares)
+    check_adapters(config, mesh, hf, all_phases[-1].objective)
     choose_backend(config.model.logprob_backend)
     _check_other_models(config, all_phases, hf)
     swapped = compares and config.reference.placement == "swap"
@@ -190,11 +193,15 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         data=data,
         sampler=Sampler(len(data.groups), train.batch_size, train.seed, config.data.shuffle),
         checkpoint=latest(checkpoint_folder(config)),
+        base=identity(weights) if config.lora.rank is not None else None,
         notes=(),
     )
     if plan.checkpoint is not None:
-        check_architecture(plan.checkpoint, read_state(plan.checkpoint), hf)
+        state = read_state(plan.checkpoint)
+        check_architecture(plan.checkpoint, state, hf)
         _check_continues(plan)
+        if plan.base is not None:
+            check_base(plan.base, state[BASE], Path(config.model.path), plan.checkpoint)
     return _with_notes(plan)
 
 
@@ -250,6 +257,42 @@ def _check_other_models(config: Config, all_phases: Sequence[Phase], hf: HFConfi
         rule = f"gives policy and old policy the same experts, and objective.name={name} has no old policy"
         value = f"model.moe_routing_replay={str(config.model.moe_routing_replay).lower()}"
         raise Refused(value, rule, "leave it out, or choose an objective with a ratio")
+
+
+def check_adapters(config: Config, mesh: Mesh, hf: HFConfig, objective: Objective) -> None:
+    """Refuse adapters that cannot be split or that nothing is trained of, with a critic or another reference; options of none."""
+    lora, default = config.lora, LoRAConfig()
+    if lora.rank is None:
+        for field in ("alpha", "target_modules"):
+            if getattr(lora, field) != getattr(default, field):
+                rule = "says something of adapters, but lora.rank=null has none"
+                raise Refused(f"lora.{field}={_shown(getattr(lora, field))}", rule, "set lora.rank, such as 16, or leave it out")
+        return
+    if len(set(lora.target_modules)) < max(1, len(lora.target_modules)):
+        rule = "names none" if not lora.target_modules else "names one twice"
+        known = ", ".join(default.target_modules)
+        raise Refused(f"lora.target_modules={_shown(lora.target_modules)}", rule, f"use some of {known}")
+    sizes = {"tensor_model_parallel_size": mesh.tp, "expert_tensor_parallel_size": mesh.etp if hf.num_experts else 1}
+    for name, size in sizes.items():
+        if lora.rank % size:
+            rule = f"is not divided by parallel.{name}={size}, which splits A and B"
+            raise Refused(f"lora.rank={lora.rank}", rule, f"use lora.rank={-(-lora.rank // size) * size}")
+    if family_of(hf).carried is not None:
+        rule = f"is not for {hf.architecture}, whose modules PEFT calls otherwise than its files do"
+        raise Refused(f"lora.rank={lora.rank}", rule, "train all weights (lora.rank=null), or a model of text alone")
+    if config.fp8.param_gather:
+        rule = "holds the weights that are trained in FP8, and with lora.rank adapters are trained, in bfloat16"
+        raise Refused("fp8.param_gather=true", rule, "leave it out")
+    if objective.critic:
+        rule = f"trains adapters, and objective.name={config.objective['name']} a critic, of which all weights are trained"
+        raise Refused(f"lora.rank={lora.rank}", rule, "use an objective without one, such as grpo, or lora.rank=null")
+    if config.reference.path is not None:
+        rule = "is another model, and with lora.rank the reference is this one with its adapters as they were"
+        raise Refused(f"reference.path={config.reference.path}", rule, "leave it out, or train all weights (lora.rank=null)")
+
+
+def _shown(value: object) -> str:
+    return f"[{','.join(value)}]" if isinstance(value, tuple) else str(value)
 
 
 def _check_data(config: Config, all_phases: Sequence[Phase], data: Dataset) -> None:

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megapsft.checkpoint.hf import import_hf
+from megapsft.checkpoint.hf import import_hf, init_adapters
 from megapsft.data.pack import pack
 from megapsft.data.prompts import Prompts
 from megapsft.errors import Refused
@@ -38,6 +38,7 @@ from megapsft.objectives.registry import build_objective
 from megapsft.policy.build import Policy, build_chunks, half, transformer_config
 from megapsft.policy.constants import with_old_policy
 from megapsft.policy.forward import forward_backward, read
+from megapsft.policy.lora import with_adapters
 from megapsft.policy.merge import merge
 from megapsft.policy.per_sample import gather_samples
 from megapsft.train.phases import has_old_policy
@@ -263,7 +264,9 @@ def _frozen_policy(plan: RunPlan) -> Policy:
     config = plan.config
     megatron = transformer_config(plan.family, plan.hf, config.model, config.parallel, plan.mesh, config.fp8)
     chunks = build_chunks(megatron, plan.hf, config.model, plan.mesh)
+    with_adapters(chunks, config.lora)
     import_hf(chunks, Path(config.model.path), plan.hf)
+    init_adapters(chunks, plan.hf, config.lora, config.train.seed)
     return policy_of(plan, half(chunks, megatron), megatron)
 
 

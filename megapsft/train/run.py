@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megapsft import __version__
+from megapsft.checkpoint.adapters import BASE, keep_adapter_config
 from megapsft.checkpoint.dist import Checkpoints, Trained, load_model, read_state
-from megapsft.checkpoint.hf import import_hf
+from megapsft.checkpoint.hf import import_hf, init_adapters
 from megapsft.checkpoint.hf_save import keep_model
 from megapsft.checkpoint.together import from_first
 from megapsft.config import flatten
@@ -38,6 +39,7 @@ from megapsft.platform.memory import memory_of_fullest_rank
 from megapsft.policy.backend import choose_backend, working_backend
 from megapsft.policy.build import Policy, build_chunks, distribute, half, transformer_config
 from megapsft.policy.critic import with_value_heads
+from megapsft.policy.lora import with_adapters
 from megapsft.policy.reference import Copied, Reference, Swapped
 from megapsft.train.critic import Critic
 from megapsft.train.engines import open_engine
@@ -266,8 +268,9 @@ class Run:
         self.heart.rest()
         score = sum(self.since_checkpoint) / len(self.since_checkpoint) if self.since_checkpoint else None
         self.since_checkpoint = []
+        state = dataclasses.asdict(self.done) | ({BASE: self.plan.base} if self.plan.base else {})
         with part("checkpoint"):
-            self.checkpoints.save(step + 1, dataclasses.asdict(self.done), self.models(), score)
+            self.checkpoints.save(step + 1, state, self.models(), score)
 
     def models(self) -> dict[str, Trained]:
         """What is trained, by the prefix of its keys in checkpoints."""
@@ -387,7 +390,9 @@ def build_policy(plan: RunPlan) -> Policy:
     config = plan.config
     megatron = transformer_config(plan.family, plan.hf, config.model, config.parallel, plan.mesh, config.fp8)
     chunks = build_chunks(megatron, plan.hf, config.model, plan.mesh)
+    with_adapters(chunks, config.lora)
     import_hf(chunks, Path(config.model.path), plan.hf)
+    init_adapters(chunks, plan.hf, config.lora, config.train.seed)
     return policy_of(plan, distribute(chunks, megatron, config.parallel), megatron)
 
 
@@ -402,7 +407,9 @@ def build_reference(plan: RunPlan, policy: Policy, first_step: int = 0) -> Refer
     reference: Reference = Swapped()
     if config.reference.placement == "copy":
         megatron = transformer_config(plan.family, plan.hf, config.model, config.parallel, plan.mesh, config.fp8)
-        reference = Copied(policy_of(plan, half(build_chunks(megatron, plan.hf, config.model, plan.mesh), megatron), megatron))
+        chunks = build_chunks(megatron, plan.hf, config.model, plan.mesh)
+        with_adapters(chunks, config.lora)
+        reference = Copied(policy_of(plan, half(chunks, megatron), megatron))
     mine = Swapped()
     if config.reference.path is not None:
         mine.take(policy)
@@ -462,6 +469,8 @@ def _open_sinks(plan: RunPlan, done: Progressed) -> Sinks:
     config_file(config).write_text(to_yaml(config))
     (folder / "revision.txt").write_text(revision() + "\n")
     keep_model(Path(config.model.path), folder / "model")
+    if config.lora.rank is not None:
+        keep_adapter_config(config.lora, Path(config.model.path), folder / "model")
     trackers: list[Any] = []
     if config.log.tensorboard:
         trackers.append(TensorBoard(folder / "tensorboard", resumed_at=done.update))

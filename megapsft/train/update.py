@@ -148,7 +148,7 @@ def descend(
 
 def flops_of(model: Policy, minibatch: Minibatch, *, head: bool = True) -> float:
     """Of `model_flops`: what training the model on the minibatch takes, over all ranks."""
-    return model_flops(model.hf, minibatch.real_tokens, minibatch.squared_lengths, head=head)
+    return model_flops(model.hf, minibatch.real_tokens, minibatch.squared_lengths, head=head, frozen=model.frozen)
 
 
 def at_old_policy(microbatch: Microbatch, output: PolicyOutput) -> Microbatch:

@@ -101,6 +101,18 @@ def test_chunks_do_not_change_a_thing(chunk_bytes):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("chunk_bytes", [300, 10**9])
+def test_a_frozen_weight_has_no_gradient_and_changes_none(chunk_bytes):
+    hidden, weight, labels = inputs(211)
+    gradients = []
+    for frozen in (False, True):
+        at, by = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+        loss_of(*head(at, by, labels, chunk_bytes)).backward()
+        assert (by.grad is None) == frozen
+        gradients.append(at.grad)
+    assert torch.equal(*gradients)
+
+
 def test_padded_words_have_no_probability_and_no_gradient():
     hidden, weight, labels = inputs(101)
     padded = torch.cat([weight, torch.full((27, D), 50.0, dtype=weight.dtype)]).requires_grad_()

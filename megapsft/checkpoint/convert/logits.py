@@ -69,7 +69,7 @@ def _in_megatron(side: Side, tokens: Tensor, rounded: torch.dtype) -> Tensor:
     initialize(mesh, parallel, seed=0)
     try:
         (chunk,) = build_chunks(transformer_config(family, side.hf, model, parallel, mesh), side.hf, model, mesh)
-        fill([chunk], ModelWeights(Cast(side.weights, rounded)), side.hf)
+        fill([chunk], ModelWeights(Cast(side.weights, rounded)).read, side.hf)
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         device = next(chunk.parameters()).device
         logits = chunk.eval()(tokens.to(device), positions.to(device), None)

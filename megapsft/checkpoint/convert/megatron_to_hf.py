@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megapsft.checkpoint.adapters import adapter_of, base_of, merged, merges_adapters
 from megapsft.checkpoint.convert.hf_to_megatron import DTYPES, LATEST
 from megapsft.checkpoint.convert.run import Conversion, Result, convert
 from megapsft.checkpoint.convert.to_safetensors import ADAPTER, ADAPTER_FILE, SafetensorsTarget
@@ -45,13 +46,15 @@ def megatron_to_hf(
     fp8_blockwise: bool = False,
     max_shard_bytes: int = SHARD_BYTES,
     options: Options | None = None,
+    base: Path | None = None,
 ) -> Result:
-    """Convert the checkpoint that `find` finds at `megatron` to `out`.
+    """Convert the checkpoint that `find` finds at `megatron` to `out`. Adapters of a run are merged into what they are beside.
 
     Args:
         hf_dir: folder with the config, the tokenizer and what is carried along; None: what the run, or the import, says.
         dtype: bf16, fp16 or fp32; None: as stored. What is carried along keeps its own.
         fp8_blockwise: linear layers in FP8, with a scale for each block of 128 x 128.
+        base: of a run that trained adapters, the model that it started from; None: where the run found it.
 
     Raises:
         Refused: a checkpoint that is not whole or not of this model; and what `convert` refuses. Nothing is written then.
@@ -63,14 +66,18 @@ def megatron_to_hf(
     if (found.checkpoint / STATE).is_file():
         state = read_state(found.checkpoint)
         check_architecture(found.checkpoint, state, hf)
-    stored = DistWeights(found.checkpoint, hf, options.direct)
+    merges = merges_adapters(state)
+    stored = DistWeights(found.checkpoint, hf, options.direct, adapter=merges)
     carried = open_carried(found.model, family_of(hf), options.direct)
     if carried is not None and fp8_blockwise:
         rule = f"would say of all of {hf.architecture} that it is in FP8, and what is carried along is not"
         raise Refused("--fp8-blockwise", rule, "leave it out")
-    sources = Hashed(stored if carried is None else Beside(stored, carried.part))
-    weights: Weights = sources if carried is None else Part(sources, stored.tensors)
-    if dtype is not None and any(tensor.dtype != DTYPES[dtype] for tensor in weights.tensors.values()):
+    own = base_of(found.checkpoint, state, found.model, hf, base) if merges else stored
+    sources = Hashed(own if carried is None else Beside(own, carried.part))
+    weights: Weights = sources if carried is None else Part(sources, own.tensors)
+    if merges:
+        weights = merged(weights, adapter_of(stored, found.model), DTYPES.get(dtype), hf)
+    elif dtype is not None and any(tensor.dtype != DTYPES[dtype] for tensor in weights.tensors.values()):
         weights = Cast(weights, DTYPES[dtype])
     if hf.tie_word_embeddings and stores_output_layer(found.model):
         weights = Tied(weights)
@@ -80,8 +87,8 @@ def megatron_to_hf(
     if carried is not None:
         weights = Beside(weights, Part(sources, carried.part.tensors))
     spelling = AS_HERE if carried is None else carried.stored.spelling
-    base, adapter = weights.tensors, None
-    if stored.has_adapter:
+    plain, adapter = weights.tensors, None
+    if not merges and stored.has_adapter:
         adapter = DistWeights(found.checkpoint, hf, options.direct, adapter=True)
         weights = Beside(weights, adapter)
         if not (found.model / ADAPTER / ADAPTER_CONFIG).is_file():
@@ -105,7 +112,7 @@ def megatron_to_hf(
         ],
         target=lambda folder: SafetensorsTarget(
             folder,
-            base,
+            plain,
             max_shard_bytes,
             options.direct,
             None if adapter is None else {ADAPTER_FILE: adapter.tensors},
@@ -118,7 +125,7 @@ def megatron_to_hf(
             "architecture": hf.architecture,
             "dtype": str(kept).removeprefix("torch."),
             "fp8_blockwise": fp8_blockwise,
-            "adapter": None if adapter is None else "kept beside",
+            "adapter": "merged" if merges else None if adapter is None else "kept beside",
             "checkpoint": found.checkpoint.name,
             "max_shard_bytes": max_shard_bytes,
             "companions": companions(found.model),

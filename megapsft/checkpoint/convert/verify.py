@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megapsft.checkpoint.adapters import adapter_of, base_of, merged, merges_adapters
 from megapsft.checkpoint.convert.hf_to_megatron import as_written
 from megapsft.checkpoint.convert.manifest import MANIFEST, describe, hash_outside, read_manifest
 from megapsft.checkpoint.convert.megatron_to_hf import find
@@ -84,7 +85,10 @@ def verify(hf_dir: Path, against: Path, model: Path | None = None, options: Opti
 
 
 def open_side(path: Path, model: Path | None, options: Options) -> Side:
-    """The weights at `path`, as they are stored, the adapter beside them, and what is carried along."""
+    """The weights at `path`, as they are stored, the adapter beside them, and what is carried along.
+
+    Those of a run that trained adapters are merged.
+    """
     path = Path(path)
     if is_hf(path):
         hf, file = read_config(path), path / ADAPTER_FILE
@@ -92,10 +96,14 @@ def open_side(path: Path, model: Path | None, options: Options) -> Side:
         stored = Beside(base, FileWeights(file, options.direct)) if file.is_file() else base
         return Side(path, path, hf, stored, stored, manifest, (manifest or {}).get("step"))
     found = find(path, model)
-    hf = read_config(found.model)
-    stored = as_written(found.checkpoint, found.model, hf, options)
-    state = read_state(found.checkpoint) if (found.checkpoint / STATE).is_file() else {}
+    hf, state = read_config(found.model), read_state(found.checkpoint) if (found.checkpoint / STATE).is_file() else {}
     folder = found.checkpoint.parent
+    if merges_adapters(state):
+        stored = DistWeights(found.checkpoint, hf, options.direct, adapter=True)
+        base = base_of(found.checkpoint, state, found.model, hf)
+        weights = merged(base, adapter_of(stored, found.model), None, hf)
+        return Side(found.checkpoint, folder, hf, stored, weights, read_manifest(folder), state.get("step"))
+    stored = as_written(found.checkpoint, found.model, hf, options)
     return Side(found.checkpoint, folder, hf, stored, stored, read_manifest(folder), state.get("step"))
 
 
