@@ -1,6 +1,6 @@
 """python -m tests.py312 [FOLDER ...]: the suite with this interpreter's Python and Megatron, into docs/results/py312.json.
 
-"""python -m tests.py312 [FOLDER ...]: the suite with this interpreter and its Megatron-Core, into docs/results/py312.json.
+Folder by folder, each recorded when it ends: after an interruption only what is missing runs, what failed, and everything once
 any tracked file has changed. Without what starts SGLang's servers or needs the cluster.
 """
 

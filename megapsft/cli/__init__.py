@@ -7,6 +7,7 @@ import sys
 
 import tyro
 
+from megapsft.cli.audit import audit
 from megapsft.cli.cancel import cancel
 from megapsft.cli.config import config
 from megapsft.cli.convert import CONVERT, convert
@@ -36,6 +37,7 @@ __all__ = ["COMMANDS", "CONVERT", "main"]
 COMMANDS = {
     "train": train,
     "pipeline": pipeline,
+    "audit": audit,
     "probe": probe,
     "export": export,
     "convert": convert,
@@ -54,7 +56,7 @@ COMMANDS = {
     "cancel": cancel,
     "sweep": sweep,
 }
-WITH_OVERRIDES = ("train", "pipeline", "probe", "config", "plan", "serve", "submit", "sweep")
+WITH_OVERRIDES = ("train", "pipeline", "audit", "probe", "config", "plan", "serve", "submit", "sweep")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -71,6 +71,15 @@ class ChatTemplate:
         pad = self.tokenizer.pad_token_id
         return self.terminator_id if pad is None else pad
 
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Tokens that no words become, ascending."""
+        return tuple(sorted(number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special))
+
+    def spell(self, ids: Sequence[int]) -> str:
+        """The text of the tokens, special ones spelt out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
     def render_prompt(self, prompt: Prompt, system_prompt: str | None = None) -> str:
         """The text of the prompt up to where the response begins.
 
@@ -118,7 +127,7 @@ class ChatTemplate:
             some = slice(start, start + ROWS_AT_ONCE)
             rows = zip(prompts[some], sources[some], strict=True)
             texts = [self._render_at(source, prompt, system_prompt) for prompt, source in rows]
-            for ids, text, source in zip(self._tokenise(texts), texts, sources[some], strict=True):
+            for ids, text, source in zip(self.tokenise(texts), texts, sources[some], strict=True):
                 self.check_text(ids, source, text)
                 yield ids
 
@@ -132,7 +141,7 @@ class ChatTemplate:
         """
         for start in range(0, len(responses), ROWS_AT_ONCE):
             some = slice(start, start + ROWS_AT_ONCE)
-            ids = self._tokenise(list(responses[some]))
+            ids = self.tokenise(list(responses[some]))
             ends = [True] * len(ids) if finished is None else finished[some]
             for response, source, end in zip(ids, sources[some], ends, strict=True):
                 self.check_text(response, source)
@@ -152,6 +161,17 @@ class ChatTemplate:
             rule = f"holds {found[0]}, which stands for an image or a video, and text alone is trained"
             raise Refused(source, rule, "leave the row out")
 
+    def tokenise(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, without further special tokens."""
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def tokenise_with_ends(self, texts: list[str]) -> tuple[list[list[int]], list[list[int]] | None]:
+        """`tokenise`, and of each token the index of its last character in the text; None where the tokenizer does not say."""
+        if not (texts and self.tokenizer.is_fast):
+            return self.tokenise(texts) if texts else [], None
+        found = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return found["input_ids"], [[max(end - 1, start) for start, end in spans] for spans in found["offset_mapping"]]
+
     def _render_at(self, source: str, prompt: Prompt, system_prompt: str | None) -> str:
         try:
             return self.render_prompt(prompt, system_prompt)
@@ -165,9 +185,6 @@ class ChatTemplate:
             roles = ", ".join(message["role"] for message in messages)
             rule = f"are not taken by the chat template ({brief(error)})"
             raise Refused(f"turns [{roles}]", rule, "change the turns, data.system_prompt or the template") from None
-
-    def _tokenise(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _terminate(self, response: list[int], source: str, finished: bool) -> list[int]:
         """The ids of a response, ending with the terminator where it is finished; it is nowhere else."""
@@ -184,7 +201,7 @@ class ChatTemplate:
         words = "a sentence that no template holds"
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": words}]
         _, found, after = self._render(turns, add_generation_prompt=False).rpartition(words)
-        first = self._tokenise([after])[0][:1] if found else []
+        first = self.tokenise([after])[0][:1] if found else []
         added = self.tokenizer.added_tokens_decoder
         if not (first and first[0] in added and added[first[0]].special):
             rule = "must end an assistant turn with a special token, directly after its words"

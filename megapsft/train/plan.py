@@ -110,23 +110,7 @@ class RunPlan:
 
     def layout(self, data_parallel_rank: int = 0, context_parallel_rank: int = 0) -> Layout:
         """How samples are packed for one rank."""
-        mesh, data = self.mesh, self.config.data
-        # pipelines pass on tensors of one shape; the allgather dispatcher collects equal parts of all its ranks
-        gathers = mesh.ep > 1 and self.config.model.moe_token_dispatcher_type == "allgather"
-        return Layout(
-            packing=data.packing,
-            pack_length=data.pack_length,
-            micro_batch_size=data.micro_batch_size,
-            data_parallel_rank=data_parallel_rank,
-            data_parallel_size=mesh.dp,
-            context_parallel_rank=context_parallel_rank,
-            context_parallel_size=mesh.cp,
-            tensor_parallel_size=mesh.tp,
-            sequence_parallel=mesh.sequence_parallel,
-            alignment=alignment(self.config.fp8),
-            microbatch_multiple=mesh.pp if mesh.vpp > 1 else 1,  # Megatron's interleaved schedule
-            equal_lengths=mesh.pp > 1 or gathers,
-        )
+        return layout_of(self.config, self.mesh, data_parallel_rank, context_parallel_rank)
 
     def first_groups(self) -> list[Group]:
         """What the first update trains, as far as it is known: not what will be sampled."""
@@ -137,6 +121,27 @@ class RunPlan:
         groups = self.first_groups()
         together = 2 if self.config.data.kind == "preferences" else 1
         return plan_update([len(sample) for group in groups for sample in group], self.layout(), together)
+
+
+def layout_of(config: Config, mesh: Mesh, data_parallel_rank: int = 0, context_parallel_rank: int = 0) -> Layout:
+    """How samples are packed for one rank of the mesh."""
+    data = config.data
+    # pipelines pass on tensors of one shape; the allgather dispatcher collects equal parts of all its ranks
+    gathers = mesh.ep > 1 and config.model.moe_token_dispatcher_type == "allgather"
+    return Layout(
+        packing=data.packing,
+        pack_length=data.pack_length,
+        micro_batch_size=data.micro_batch_size,
+        data_parallel_rank=data_parallel_rank,
+        data_parallel_size=mesh.dp,
+        context_parallel_rank=context_parallel_rank,
+        context_parallel_size=mesh.cp,
+        tensor_parallel_size=mesh.tp,
+        sequence_parallel=mesh.sequence_parallel,
+        alignment=alignment(config.fp8),
+        microbatch_multiple=mesh.pp if mesh.vpp > 1 else 1,  # Megatron's interleaved schedule
+        equal_lengths=mesh.pp > 1 or gathers,
+    )
 
 
 def plan_run(config: Config, world_size: int) -> RunPlan:
