@@ -147,6 +147,10 @@ OTHER_MODELS = [
          "leave it out"),
     Case("replay of no old policy", "objective.name=sft model.moe_routing_replay=true", "model.moe_routing_replay=true",
          "objective.name=sft has no old policy", "choose an objective with a ratio", 1, MOE),
+    Case("layers without a GPU", "model.transformer_impl=transformer_engine model.dtype=bfloat16",
+         "model.transformer_impl=transformer_engine", "needs a CUDA GPU", "install Transformer Engine (docs/gpu.md)"),
+    Case("FP8 without a GPU", "fp8.format=hybrid model.dtype=bfloat16", "fp8.format=hybrid", "needs a CUDA GPU", "leave fp8 out"),
+    Case("FP8 of none", "fp8.recipe=delayed", "fp8.recipe=delayed", "is of FP8, and fp8.format=null", "leave it out"),
     Case("kernels without a GPU", "model.logprob_backend=triton", "model.logprob_backend=triton", "needs ", "auto or torch"),
     Case("selection of demonstrations", "data.select=rft", "data.select=rft", "chooses among rollouts", "use data.kind=rollouts"),
 ]  # fmt: skip

@@ -6,15 +6,10 @@ tests/gpu/test_transformer_engine.py makes the same measurements of the real thi
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.gpu.measured import measured, random_slice
+
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 TRAINED = ["data.max_length=512", "data.pack_length=1024", "train.batch_size=8", "train.minibatch_size=4", "train.steps=2",
            "optimizer.lr=1e-3"]  # fmt: skip
@@ -28,6 +23,8 @@ def found(tiny_models, tiny_data, tmp_path_factory):
     root = tmp_path_factory.mktemp("te")
     moe, dense = str(tiny_models("qwen3_moe")), str(tiny_models("qwen3"))
     trained = {"data": str(tiny_data), "run": str(root / "run")}
+    sizes = dict(hidden_size=64, moe_intermediate_size=48, num_experts=4, vocab_size=600)
+    sliced = str(random_slice("qwen3_moe", sizes, 2, tiny_data, root / "sliced"))
     jobs = {family: ["agreement", {"folder": str(tiny_models(family)), "options": []}] for family in FAMILIES}
     jobs |= {
         "in fp8": ["agreement", {"folder": moe, "options": FP8}],
@@ -38,7 +35,7 @@ def found(tiny_models, tiny_data, tmp_path_factory):
         "packed in fp8": ["packed", {"folder": dense, "options": FP8}],
         "products": ["products", {"folder": moe, "options": []}],
         "products in fp8": ["products", {"folder": moe, "options": FP8}],
-        "psft": ["psft", {"folder": moe, "options": [*TRAINED, *FP8], "steps": 2, **trained}],
+        "psft": ["psft", {"folder": sliced, "options": [*TRAINED, *FP8], "steps": 2, **trained}],
         "delayed": ["resumed", {"folder": dense, "before": [*TRAINED, *DELAYED], "after": [*TRAINED, *DELAYED], **trained}],
         "from local": ["resumed", {"folder": moe, "before": [*TRAINED, *LOCAL], "after": TRAINED, **trained}],
         "to local": ["resumed", {"folder": dense, "before": TRAINED, "after": [*TRAINED, *LOCAL], **trained}],
@@ -46,11 +43,7 @@ def found(tiny_models, tiny_data, tmp_path_factory):
     for number, (_, options) in enumerate(jobs.values()):
         if "run" in options:
             options["run"] = str(root / f"run{number}")
-    command = [sys.executable, "-m", "tests.gpu.scenarios", str(root / "found.json"), "--standin", json.dumps([*jobs.values()])]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return dict(zip(jobs, json.loads((root / "found.json").read_text()), strict=True))
+    return measured(jobs, root, "--standin")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
