@@ -45,7 +45,7 @@ def check_fp8(config: Config, hf: HFConfig, mesh: Mesh, machine: Machine, compar
         _check_unused(fp8)
         return
     _check_layers(config, machine)
-    _check_chip(fp8, machine)
+    check_chip(fp8, machine)
     _check_recipe(config, hf, mesh, machine)
     _check_shapes(fp8, hf, mesh)
     if fp8.param_gather:
@@ -82,7 +82,8 @@ def _check_layers(config: Config, machine: Machine) -> None:
         raise Refused(what, rule, f"train where it is (docs/gpu.md), or {OFF}")
 
 
-def _check_chip(fp8: FP8Config, machine: Machine) -> None:
+def check_chip(fp8: FP8Config, machine: Machine) -> None:
+    """Refuse a recipe that the GPU does not have."""
     chip, cuda = machine.capability, machine.cuda
     has = f"and this GPU has {chip[0]}.{chip[1]}"
     if chip < ANY_CHIP:
@@ -159,4 +160,4 @@ def _check_param_gather(config: Config, compares: bool) -> None:
         raise Refused(what, rule, "leave fp8.param_gather out, or choose an objective without a reference")
 
 
-__all__ = ["alignment", "check_fp8", "note_on_fp8"]
+__all__ = ["alignment", "check_chip", "check_fp8", "note_on_fp8"]
