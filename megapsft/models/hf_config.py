@@ -208,6 +208,8 @@ def _rope(raw: Mapping[str, Any]) -> Rope:
     section = scaling.get("mrope_section")
     if MROPE in (scaling.get("type"), scaling.get("rope_type")) and section is None:
         raise Refused("config.json: mrope_section of rope type 'mrope'", "is missing", "download config.json again")
+    if section is not None and (not isinstance(section, list) or any(type(pairs) is not int for pairs in section)):
+        raise Refused(f"config.json: mrope_section={section!r}", "must be a list of numbers", "download config.json again")
     section = None if section is None else tuple(section)
     if kind == "default":
         return Rope(theta=theta, mrope_section=section)

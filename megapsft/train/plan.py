@@ -388,6 +388,9 @@ def _with_notes(plan: RunPlan) -> RunPlan:
             f"{name} with one update a step: the old policy is the policy, every ratio is 1 and {then}. Set "
             f"train.minibatch_size below train.batch_size={train.batch_size} (the paper: an eighth)."
         )
+    if plan.family.carried is not None:
+        beside = f"{plan.family.carried}* is not loaded, and exported as it came"
+        notes.append(f"{plan.hf.architecture}: text alone is trained; {beside}.")
     notes.extend(plan.data.notes)
     sampled = plan.config.data.kind in ("rollouts", "prompts")
     if sampled and objective.objective.advantages is None and plan.config.data.select is None:

@@ -2,12 +2,16 @@
 
 import json
 
+import pytest
 import torch
 import transformers
 
 from megapsft import cli
 from megapsft.checkpoint.random_init import init_model
+from megapsft.config import load_config
 from megapsft.data.arithmetic import generate, write_jsonl
+from megapsft.errors import Refused
+from megapsft.train.plan import plan_run
 from tests.ranks import run_ranks
 from tests.shipped import FOLDER
 from tests.vision import of_vision, stored
@@ -26,6 +30,11 @@ def test_trains_on_text_and_gives_the_vision_tower_back(tmp_path):
     (model / "preprocessor_config.json").write_text("{}")
     places = [f"model.path={model}", f"data.path={data}", f"run.dir={run}"]
     config = FOLDER / "psft/qwen2.5-vl-7b.yaml"
+    notes = plan_run(load_config(config, [*places, *HERE]), 2).notes
+    assert any("text alone is trained; visual.* is not loaded, and exported as it came" in note for note in notes)
+    write_jsonl(tmp_path / "images.jsonl", [*generate(2, 0), {"question": "<|image_pad|> Which?", "answer": "That."}])
+    with pytest.raises(Refused, match=r"images.jsonl:3: holds <\|image_pad\|>, which stands for an image or a video"):
+        plan_run(load_config(config, [*places, *HERE, f"data.path={tmp_path / 'images.jsonl'}"]), 2)
     assert run_ranks(2, cli.main, ["train", str(config), *places, *HERE]) == [0, 0]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 6

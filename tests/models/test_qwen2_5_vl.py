@@ -89,6 +89,7 @@ def test_names_are_spelt_there_and_back():
     ("change", "message"),
     [
         (dict(rope_scaling={"type": "mrope"}), "mrope_section of rope type 'mrope': is missing"),
+        (dict(rope_scaling=MROPE | {"mrope_section": 8}), "mrope_section=8: must be a list of numbers"),
         (dict(rope_scaling=None), "mrope_section=None of .*: must share out the 8 pairs of dimensions of a head"),
         (dict(rope_scaling=MROPE | {"mrope_section": [2, 3, 4]}), r"mrope_section=\[2, 3, 4\] of .*: must share out the 8 pairs"),
         (dict(use_sliding_window=True), "must be full attention in every layer"),
