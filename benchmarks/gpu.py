@@ -190,13 +190,13 @@ def measure(parts: list[str], file: Path, kind: str, tiny: bool, seconds: float)
     device = Device(kind)
     for part in parts:
         lines = Lines(file, part, deadline, device.free)
+        lines.keep()  # before anything can end this process
         if part in ("ceiling", "head"):
             module = {"ceiling": ceiling, "head": head}[part]
         elif part.endswith("-peer"):
             from gpu_parts import peer as module
         else:
             from gpu_parts import ours as module
-        lines.keep()
         module.measure(lines, TINY if tiny else REAL, device, part)
         lines.keep()
     return 0

@@ -19,7 +19,6 @@ from gpu_parts.device import Device
 from gpu_parts.lines import Lines
 from gpu_parts.sizes import UPDATES_A_STEP, Packing, Sizes
 from megapsft import parallel
-from megapsft.cluster.sizes import active_per_token
 from megapsft.config import load_config
 from megapsft.data.pack import pack
 from megapsft.data.plan import Layout
@@ -127,7 +126,7 @@ def facts(made: Slice) -> dict[str, Any]:
         "layers": hf.num_hidden_layers,
         "hidden_size": hf.hidden_size,
         "parameters": sum(p.numel() for chunk in made.policy.chunks for p in chunk.parameters()),
-        "active_parameters_of_a_layer": sum(active_per_token(hf)),
+        "active_weights_of_a_layer": active_weights(made),
         "linear": type(made.policy.gpt_models()[0].decoder.layers[0].self_attention.linear_qkv).__name__,
         "head": made.policy.head().backend,
         "optimizer": type(made.optimizer.chained_optimizers[0].optimizer).__name__,
@@ -193,14 +192,24 @@ def psft(made: Slice, packing: Packing) -> dict[str, Any]:
 
 def size(made: Slice, packing: Packing, updates: int) -> dict[str, Any]:
     tokens = made.sizes.tokens * updates
-    return {"tokens": tokens, "model_flop": tokens * model_flop_of_a_token(made.hf, packing.sample)}
+    return {"tokens": tokens, "model_flop": tokens * model_flop_of_a_token(made, packing.sample)}
 
 
-def model_flop_of_a_token(hf: HFConfig, length: int) -> float:
+def model_flop_of_a_token(made: Slice, length: int) -> float:
     """Of training: forward and twice that backward; nothing twice, no padding; half of the attention, which is causal."""
+    hf = made.hf
     attention = 4 * hf.num_attention_heads * hf.head_dim * length / 2
-    layer = 2 * sum(active_per_token(hf)) + attention
+    layer = 2 * active_weights(made) + attention
     return 3 * (hf.num_hidden_layers * layer + 2 * hf.vocab_size * hf.hidden_size)
+
+
+def active_weights(made: Slice) -> int:
+    """Numbers of a layer's matrices that a token is multiplied with: of its experts those that it goes to."""
+    hf, layer = made.hf, made.policy.gpt_models()[0].decoder.layers[0]
+    matrices = {name: p.numel() for name, p in layer.named_parameters() if p.dim() == 2}
+    experts = sum(numel for name, numel in matrices.items() if ".experts." in name)
+    chosen = experts * hf.num_experts_per_tok // hf.num_experts if experts else 0
+    return sum(matrices.values()) - experts + chosen
 
 
 def batch(made: Slice, packing: Packing, objective: Objective, updates: int) -> TrainBatch:

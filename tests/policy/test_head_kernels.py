@@ -160,6 +160,17 @@ def no_logits(tokens, columns):
     }
 
 
+def as_on_a_gpu(term):
+    """What tests/gpu/test_head.py does, at a small size: it fails by raising."""
+    from tests.gpu import test_head as there
+
+    there.DEVICE, there.VOCAB, there.PADDED, there.SLAB = "cpu", 101, 128, 4 * 40 * 64
+    there.check((24, 40), torch.float32, TERMS[term], 0.6, 1e-4, lambda name, value: None)
+    there.same_bits((24, 40), TERMS[term])
+    there.test_kernels_on_the_same_logits(TERMS[term], torch.float32, 47)
+    return {"raised": [0, 0]}
+
+
 def far_apart(turned):
     """Logits whose offsets do not fit 32 bits, in a file that is all holes."""
     from megapsft.policy.head import triton_kernels as kernels
@@ -189,17 +200,6 @@ def kept_and_read_twice(dtype):
     except RuntimeError as error:
         return {"refused": [0 if "modified by an inplace operation" in str(error) else 1, 0]}
     return {"refused": [1, 0]}
-
-
-def as_on_a_gpu(term):
-    """What tests/gpu/test_head.py does, at a small size: it fails by raising."""
-    from tests.gpu import test_head as there
-
-    there.DEVICE, there.VOCAB, there.PADDED, there.SLAB = "cpu", 101, 128, 4 * 40 * 64
-    there.check((24, 40), torch.float32, TERMS[term], 0.6, 1e-4, lambda name, value: None)
-    there.same_bits((24, 40), TERMS[term])
-    there.test_kernels_on_the_same_logits(TERMS[term], torch.float32, 47)
-    return {"raised": [0, 0]}
 
 
 def checked():
