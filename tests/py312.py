@@ -1,7 +1,7 @@
-"""python -m tests.py312 [FOLDER ...]: the suite with this interpreter's Python and Megatron, into docs/results/py312.json.
+"""python -m tests.py312 [FOLDER ...]: the suite with this interpreter's Python and Megatron-Core, into docs/results/py312.json.
 
-Folder by folder, each recorded when it ends: after an interruption only what is missing runs, what failed, and everything once
-any tracked file has changed. Without what starts SGLang's servers or needs the cluster.
+Folder by folder, each recorded when it ends: after an interruption only what is missing runs, and what failed; everything once
+a tracked file has changed. Without what starts SGLang's servers or needs the cluster.
 """
 
 from __future__ import annotations

@@ -101,10 +101,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
         cached = _cache_dir() / f"{digest}.code"
         with contextlib.suppress(OSError, EOFError, ValueError, TypeError):
             return marshal.loads(cached.read_bytes())
-        with warnings.catch_warnings():  # of escapes in Megatron's strings, which Python 3.12 says aloud
-            warnings.simplefilter("ignore", SyntaxWarning)
-            parsed = ast.parse(source, path)
-        tree = ast.fix_missing_locations(CudaToCpu().visit(parsed))
+        tree = ast.fix_missing_locations(CudaToCpu().visit(ast.parse(source, path)))
         code = compile(tree, path, "exec", dont_inherit=True)
         with contextlib.suppress(OSError):  # a read-only home costs time, nothing else
             cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -121,6 +118,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
         with warnings.catch_warnings():  # "Apex is not installed": known, and no news without a GPU
             warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
             warnings.filterwarnings("ignore", category=DeprecationWarning)  # of Megatron's own modules among themselves
+            warnings.filterwarnings("ignore", category=SyntaxWarning)  # of escapes in its strings, from Python 3.12 on
             super().exec_module(module)
         if module.__name__ == "megatron.core.jit":
             module.disable_jit_fuser()  # torch.compile needs a C++ compiler and costs more than it gives here

@@ -153,6 +153,8 @@ def read_metadata(folder: Path) -> Metadata:
 def check_harmless(folder: Path, index: Index) -> None:
     """That nothing in the checkpoint runs code when Megatron unpickles it: its common state and all that is not a tensor.
 
+    The common state is a file until Megatron-Core 0.18, an object among the others from 0.19 on.
+
     Raises:
         Refused: something is not made of plain values and tensors.
     """
@@ -160,7 +162,8 @@ def check_harmless(folder: Path, index: Index) -> None:
     records: Iterator[tuple[str, bytes]] = (
         (f"{folder / file}: {key}", _part_of(folder / file, offset, length)) for (file, offset, length), key in objects.items()
     )
-    for what, content in [(str(folder / COMMON), (folder / COMMON).read_bytes()), *records]:
+    common = [(str(folder / COMMON), (folder / COMMON).read_bytes())] if (folder / COMMON).exists() else []
+    for what, content in [*common, *records]:
         try:
             with torch.serialization.safe_globals([io.BytesIO]):  # what Transformer Engine's states are in
                 found = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")

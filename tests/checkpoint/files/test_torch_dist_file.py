@@ -380,6 +380,19 @@ def test_states_that_name_anything_else_are_refused_without_calling_it(checkpoin
     assert not (tmp_path / "called").exists()
 
 
+def test_without_a_file_of_the_common_state_objects_are_still_looked_at(checkpoint, tmp_path):
+    """As Megatron-Core 0.19 writes checkpoints: the common state is one of the objects."""
+    (checkpoint / COMMON).unlink()
+    check_harmless(checkpoint, read_index(checkpoint))
+    record = saved([{"iteration": Calls(tmp_path / "called")}])
+    (checkpoint / "__0_1.distcp").write_bytes(record)
+    place = Chunk((), (), "__0_1.distcp", 0, len(record))
+    index = read_index(checkpoint)._replace(objects={"common_state/shard_0_1": place})
+    with pytest.raises(Refused, match="common_state/shard_0_1: is not made of plain values and tensors"):
+        check_harmless(checkpoint, index)
+    assert not (tmp_path / "called").exists()
+
+
 @pytest.mark.parametrize("content", [b"", b"no zip", saved({"iteration": 0})[:-50]])
 def test_a_damaged_common_state_is_refused(content, checkpoint):
     (checkpoint / COMMON).write_bytes(content)
