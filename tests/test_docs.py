@@ -18,6 +18,7 @@ from megapsft import cli
 from megapsft.config import Config, flatten, load_config
 from megapsft.data.arithmetic import preferences, read_problems, rollouts, write_jsonl
 from megapsft.metrics.names import METRICS
+from megapsft.platform.cpu import has_cuda
 from megapsft.train.phases import phases
 from tests.command import megapsft
 from tests.shipped import TINY
@@ -149,6 +150,21 @@ def test_the_commands_of_the_cluster_page_are_ready_to_run(tmp_path):
         assert done.returncode == 0, f"$ {line}\n{done.stdout}\n{done.stderr}"
         assert done.stdout.startswith("#!/bin/bash\n#SBATCH --job-name=megapsft-")
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_commands_of_profiling_are_ready_to_run(tiny_models, tiny_data, tmp_path, monkeypatch, capsys):
+    """Those of nsys need CUDA; what they start is refused without it."""
+    monkeypatch.chdir(ROOT)
+    here = [f"model.path={tiny_models('qwen3')}", f"data.path={tiny_data}", f"run.dir={tmp_path / 'run'}", "--dry-run"]
+    lines = commands((ROOT / "docs/profiling.md").read_text())
+    curves, *trained, nsys = lines
+    assert curves in RUN
+    assert len(trained) == 2
+    for line, shown in zip(trained, ("steps 2 to 3 of rank(s) 0", "steps 4 to 5 of all ranks"), strict=True):
+        assert cli.main([*line.split()[1:], *here]) == 0
+        assert f"{shown}: traces in" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert cli.main([*nsys.split("megapsft ")[1].split(), *here]) == (0 if has_cuda() else 2)
+    assert ("needs CUDA" in capsys.readouterr().err) == (not has_cuda())
 
 
 def test_make_has_the_targets_that_are_named():

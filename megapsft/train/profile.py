@@ -91,11 +91,12 @@ class Profile:
         name = f"rank-{self._rank}-steps-{self._taken[0]}-{self._taken[-1]}"
         self._taken = []
         mark_ranges(False)
-        if self._config.tool == "nsys":
+        config = self._config
+        if config.tool == "nsys":
             torch.cuda.profiler.stop()
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        if self._config.memory and has_cuda():
+        if config.memory and has_cuda():
             torch.cuda.memory._dump_snapshot(str(self._folder / f"{name}.memory.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
         profiler, self._profiler = self._profiler, None
@@ -108,16 +109,18 @@ class Profile:
 
     def _begin(self) -> None:
         mark_ranges(True)
-        if self._config.tool == "nsys":
+        config = self._config
+        if config.tool == "nsys":
             torch.cuda.profiler.start()
             return
         activities = [torch.profiler.ProfilerActivity.CPU]
         if has_cuda():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-            if self._config.memory:
+            if config.memory:
                 torch.cuda.memory._record_memory_history(max_entries=MOST_ALLOCATIONS)
-        details = self._config.details
-        self._profiler = torch.profiler.profile(activities=activities, record_shapes=details, with_stack=details)
+        self._profiler = torch.profiler.profile(
+            activities=activities, record_shapes=config.details, with_stack=config.details
+        )
         self._profiler.start()
 
 
