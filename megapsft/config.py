@@ -63,7 +63,7 @@ class LoRAConfig:
 
     __pydantic_config__ = STRICT
     rank: PositiveInt | None = None  # rows of A, columns of B; null: no adapters, all weights are trained
-    alpha: PositiveFloat = 32.0
+    alpha: PositiveFloat = 32.0  # alpha / rank scales what an adapter adds
     target_modules: tuple[Projection, ...] = get_args(Projection)  # of attention, MLPs and experts alike
 
 

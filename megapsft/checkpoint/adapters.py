@@ -110,12 +110,12 @@ def base_of(checkpoint: Path, state: dict[str, Any], kept: Path, hf: HFConfig, b
 
 
 def merges_adapters(state: dict[str, Any]) -> bool:
-    """Whether the checkpoint of this state.json has adapters alone, so that its weights are those of the base with them merged."""
+    """Whether the checkpoint of this state.json has adapters alone, so that its weights are those of the base with them."""
     return BASE in state
 
 
 def merged(base: Weights, adapter: Adapter, dtype: torch.dtype | None, hf: HFConfig) -> Weights:
-    """The weights of a policy: the base in the run's dtype, which adapters have, then in `dtype`, with them merged into it.
+    """The base as the run held it, in the dtype of its adapters, then in `dtype`, and the adapters merged into it.
 
     Args:
         dtype: of the weights; None: the run's.

@@ -165,7 +165,7 @@ def with_adapters(chunks: Sequence[GPTModel], lora: LoRAConfig) -> None:
         gpt.lora = lora
         gpt.requires_grad_(False)
         for path, kind, layer in list(_linear_layers(gpt)):
-            _adopt(layer, kind, ".experts." in path, gpt.config, lora)
+            adopt(layer, kind, ".experts." in path, gpt.config, lora)
         if gpt.pre_process:  # or the first layers would have no gradient where they are recomputed from their input
             gpt.embedding.register_forward_hook(_require_gradient)
 
@@ -178,8 +178,13 @@ def _linear_layers(gpt: GPTModel) -> Iterator[tuple[str, str, torch.nn.Module]]:
             yield path, kind, module
 
 
-def _adopt(layer: torch.nn.Module, kind: str, expert: bool, config: TransformerConfig, lora: LoRAConfig) -> None:
-    """Make the layer one with adapters, in place."""
+def adopt(layer: torch.nn.Module, kind: str, expert: bool, config: TransformerConfig, lora: LoRAConfig) -> None:
+    """Make the linear layer one with adapters, in place; nothing where none of its projections is to have one.
+
+    Args:
+        kind: what Megatron calls it, one of PROJECTIONS.
+        expert: whether it is of experts.
+    """
     trained = tuple(name if module in lora.target_modules else None for name, module in PROJECTIONS[kind])
     if not any(name is not None for name in trained):
         return

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from megapsft import cli
 from megapsft.checkpoint.export import export_adapter_of, export_run
-from megapsft.checkpoint.hf import export_stream
+from megapsft.checkpoint.hf import export_stream, read_config
+from megapsft.checkpoint.weights.torch_dist import DistWeights
 from megapsft.config import load_config
 from megapsft.errors import Refused
 from megapsft.models.adapters import trained_rules
@@ -100,12 +101,14 @@ def test_only_adapters_change_and_the_loss_falls(kind, trained):
     source = load_file(run.model / "model.safetensors")
     assert run.base.keys() == source.keys()
     assert all(torch.equal(run.base[name], source[name]) for name in source)
-    assert all(tensor.any() for tensor in run.adapters.values())  # B was zero
+    moved = [name for name, tensor in run.adapters.items() if tensor.any()]  # B was zero
+    assert set(run.adapters) - set(moved) <= {name for name in run.adapters if ".experts." in name}  # some of which saw no token
+    assert len(moved) > 0.7 * len(run.adapters)
     records = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["objective/nll"] < records[0]["objective/nll"] - 0.1
     assert records[-2]["objective/ratio_max"] == records[-2]["objective/ratio_min"] == 1.0  # the first of a step of PSFT
-    checkpoint = run.folder / "checkpoints/latest"
-    assert sum(path.stat().st_size for path in checkpoint.glob("*.distcp")) < (run.model / "model.safetensors").stat().st_size * 1.5
+    keys = DistWeights(run.folder / "checkpoints/latest", read_config(run.model), adapter=True).tensors.keys()
+    assert keys == run.adapters.keys()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -113,10 +116,10 @@ def test_an_export_is_base_plus_scaled_product_bitwise_and_what_engines_get(kind
     run = trained(kind)
     export_run(run.folder, tmp_path / "merged")
     export_adapter_of(run.folder, tmp_path / "adapter")
-    adapter, source = (load_file(path) for path in (tmp_path / "adapter/adapter_model.safetensors", run.model / "model.safetensors"))
+    adapter = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    source, merged = (load_file(folder / "model.safetensors") for folder in (run.model, tmp_path / "merged"))
     assert adapter.keys() == run.adapters.keys()
     assert all(torch.equal(adapter[name], tensor) for name, tensor in run.adapters.items())
-    merged = load_file(tmp_path / "merged/model.safetensors")
     assert merged.keys() == run.streamed.keys() == source.keys()
     for name, tensor in merged.items():
         a, b = (f"base_model.model.{name.removesuffix('.weight')}.lora_{half}.weight" for half in "AB")
@@ -163,7 +166,6 @@ def test_a_base_that_is_gone_or_another_is_refused(trained, tiny_data, tmp_path)
     message = "moved: has other weights than those that the adapters of .*step-00000003 were trained beside; name the folder"
     with pytest.raises(Refused, match=message):
         export_run(folder, tmp_path / "other", base=moved)
-    save_file(content, tmp_path / "model.safetensors", metadata={"format": "pt"})
     replaced = tmp_path / "replaced"
     shutil.copytree(moved, replaced)
     config = (folder / "config.yaml").read_text().replace(str(run.model), str(replaced)).replace(str(run.folder), str(folder))
@@ -180,6 +182,6 @@ def test_what_export_says_of_adapters_where_there_are_none(trained, tmp_path, ca
     shutil.copytree(run.folder, full, symlinks=True)
     state = full / "checkpoints/latest/state.json"
     state.write_text(json.dumps({key: value for key, value in json.loads(state.read_text()).items() if key != "base"}))
-    for arguments, rule in ((["--adapter"], "has no adapters: it trained all weights"), (["--base", "x"], "is for runs with LoRA")):
+    for arguments, rule in ((["--adapter"], "has no adapters: it trained all"), (["--base", "x"], "is for runs with LoRA")):
         assert cli.main(["export", str(full), "--out", str(tmp_path / "out"), *arguments]) == 2
         assert rule in capsys.readouterr().err
