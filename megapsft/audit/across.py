@@ -32,7 +32,7 @@ class Summary:
     text: str  # everything that it says
     asked: str  # the last turn of the prompt
     prompt: bytes  # digest of all turns
-    whole: bytes  # digest of `text`
+    whole: bytes  # digest of `text`, and of responses that are token ids
     answers: tuple[tuple[str, str], ...]  # (what is compared, what it says): equal keys should say the same
     tokens: int  # of its longest sequence
 
@@ -78,13 +78,12 @@ def summarise(row: AuditedRow, template: ChatTemplate) -> Summary:
     said = dict(responses(row))
     in_ids = [str(sample.response.tolist()) for sample in row.samples if sample.text is None]
     turns = texts[: len(texts) - len(said)]
-    whole = [*texts, *in_ids, *([row.reference] if row.reference else [])]
     return Summary(
         number=row.number,
         text="\n".join(texts),
         asked=asked,
         prompt=digest(turns),
-        whole=digest(whole),
+        whole=digest([*texts, *in_ids]),
         answers=tuple(_answers(row, digest(turns).hex())),
         tokens=max((len(sample.token_ids) for sample in row.samples), default=0),
     )

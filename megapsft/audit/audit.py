@@ -265,8 +265,8 @@ def choose_rows(count: int, wanted: int, warnings: Sequence[Warned]) -> list[int
     in_turn = zip_longest(*(warned.rows for warned in warnings))
     warned = list(dict.fromkeys(row for turn in in_turn for row in turn if row is not None))[: -(-wanted // 2)]
     others = sorted(set(range(1, count + 1)) - set(warned))
-    places = np.linspace(0, len(others) - 1, min(len(others), wanted - len(warned))).round().astype(int)
-    return sorted([*warned, *(others[place] for place in places)])
+    left = min(len(others), wanted - len(warned))
+    return sorted([*warned, *(others[(2 * number + 1) * len(others) // (2 * left)] for number in range(left))])
 
 
 def show(row: AuditedRow, warnings: Sequence[Warned], template: ChatTemplate) -> ShownRow:

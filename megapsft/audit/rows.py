@@ -273,18 +273,22 @@ def _audit(
     if prompt is None:
         return AuditedRow(number=row.number, prompt=None, samples=(), refused=row.refused)
     refused = next((part.refused for part in (prompt, *responses) if part.refused), None)
-    bare = config.data.kind == "prompts" and not responses
-    pairs = [(Response(name="prompt", words="", demonstration=False), Encoded([], np.zeros(0, np.int8)))] if bare else []
-    pairs += zip(row.responses, responses, strict=True)
-    whole = [np.array([*prompt.ids, *response.ids], dtype=np.int32) for _, response in pairs]
-    fates: list[Fate] = [("refused", 0)] * len(pairs)
+    whole = [np.array([*prompt.ids, *response.ids], dtype=np.int32) for response in responses]
+    fates: list[Fate] = [("refused", 0)] * len(whole)
+    bare: Fate = ("refused", 0)
     try:
         if refused is None:
             row.check([response.ids for response in responses])
-            _check_vocabulary(whole, vocab_size, row.source)
-            fates = _fates(row, whole, len(prompt.ids), config, objective)
+            _check_vocabulary([np.array(prompt.ids, dtype=np.int32), *whole], vocab_size, row.source)
+            bare = _fate_of_prompt(row, len(prompt.ids), config)
+            fates = _fates(row, whole, len(prompt.ids), config, objective) if bare[0] is None else [bare] * len(whole)
     except Refused as refusal:
         refused = str(refusal)
+    parts = list(zip(row.responses, responses, whole, fates, strict=True))
+    if config.data.kind == "prompts" and not any(dropped is None for dropped, _ in fates):
+        nothing = Encoded([], np.zeros(0, np.int8))
+        to_be_sampled = Response(name="prompt", words=[], demonstration=False)
+        parts.insert(0, (to_be_sampled, nothing, np.array(prompt.ids, dtype=np.int32), bare))
     samples = tuple(
         AuditedSample(
             name=response.name,
@@ -293,13 +297,13 @@ def _audit(
             prompt_length=len(prompt.ids),
             loss_mask=(np.arange(len(ids)) >= len(prompt.ids)) & (np.arange(len(ids)) < kept),
             kept=kept,
-            text=response.words if isinstance(response.words, str) and not bare else None,
+            text=response.words if isinstance(response.words, str) else None,
             finished=response.finished,
             demonstration=response.demonstration,
             reward=response.reward,
             dropped=dropped,
         )
-        for (response, encoded), ids, (dropped, kept) in zip(pairs, whole, fates, strict=True)
+        for response, encoded, ids, (dropped, kept) in parts
     )
     return AuditedRow(number=row.number, prompt=row.prompt, samples=samples, reference=row.reference, refused=refused)
 
@@ -311,6 +315,18 @@ def _check_vocabulary(whole: list[np.ndarray], vocab_size: int, source: str) -> 
         raise Refused(source, rule, "use the tokenizer that belongs to the model in model.path")
 
 
+def _fate_of_prompt(row: Parsed, prompt_length: int, config: Config) -> Fate:
+    """What becomes of a prompt that responses are sampled to; of others their responses decide.
+
+    Raises:
+        Refused: it leaves them no room, and overlong=error.
+    """
+    needed = prompt_length + config.rollout.max_tokens
+    if config.data.kind == "prompts" and fitting_length(needed, prompt_length, config.data, row.source) is None:
+        return "no room", 0
+    return None, prompt_length
+
+
 def _fates(row: Parsed, whole: list[np.ndarray], prompt_length: int, config: Config, objective: Objective) -> list[Fate]:
     """What becomes of each sequence of a row that nothing refused.
 
@@ -318,17 +334,12 @@ def _fates(row: Parsed, whole: list[np.ndarray], prompt_length: int, config: Con
         Refused: it is too long, and overlong=error.
     """
     data = config.data
-    needed = prompt_length + config.rollout.max_tokens
-    if data.kind == "prompts" and fitting_length(needed, prompt_length, data, row.source) is None:
-        return [("no room", 0)] * len(whole)
-    fates = [_fate(ids, prompt_length, data, f"{row.source}: {r.name}") for r, ids in zip(row.responses, whole, strict=False)]
+    fates = [_fate(ids, prompt_length, data, f"{row.source}: {r.name}") for r, ids in zip(row.responses, whole, strict=True)]
     if data.kind == "preferences":
         return _fates_of_pair(fates, whole)
     if data.kind == "rollouts":
         return _fates_of_group(row, whole, fates, data, objective)
     if data.kind == "prompts":
-        if not row.responses:
-            return [(None, len(ids)) for ids in whole]
         imitated = data.select is None and list(objective.keep([1.0, 0.0], [True, False]))[0]  # beside a wrong rollout
         return [fate if fate[0] or imitated else ("left out", 0) for fate in fates]
     return fates

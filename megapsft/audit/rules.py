@@ -212,12 +212,13 @@ def empty_response(row: AuditedRow, context: Context) -> Iterator[str]:
 @rule("nothing-trained", "The row goes into training without one trained token.", "Take it out, or look at its columns.")
 def nothing_trained(row: AuditedRow, context: Context) -> Iterator[str]:
     known = [sample for sample in row.samples if len(sample.response)]  # not what will be sampled
-    if known and all(sample.dropped in (None, "left out") and not sample.loss_mask.any() for sample in known):
-        left_out = [sample.name for sample in known if sample.dropped]
-        if not left_out:
-            yield "no token has a loss"
-        elif any(not sample.demonstration for sample in known):  # prompts with a demonstration train what will be sampled
-            yield f"the objective leaves out {', '.join(left_out)}"
+    if any(sample.loss_mask.any() for sample in known):
+        return
+    if any(sample.dropped is None for sample in known):
+        yield "no token has a loss"
+    left_out = [sample.name for sample in known if sample.dropped == "left out"]
+    if left_out and not all(sample.demonstration for sample in known):  # else what will be sampled is trained
+        yield f"the objective leaves out {', '.join(left_out)}, and nothing else fits"
 
 
 @rule(

@@ -60,8 +60,8 @@ WITH_OVERRIDES = ("train", "pipeline", "audit", "probe", "config", "plan", "serv
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, 2 where something was refused, 3 where training stopped itself, 75 where it was
-    asked to stop. A rank that hangs ends with 70.
+    """Entry point; returns the exit code: 0, 1 where a check found what it was asked to look for, 2 where something was refused,
+    3 where training stopped itself, 75 where it was asked to stop. A rank that hangs ends with 70.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] and arguments[0] in WITH_OVERRIDES:

@@ -156,8 +156,8 @@ def packed(packing: Packing | None) -> str:
     ways = [("as planned", packing.positions), ("one sample a row", packing.unpacked_positions)]
     parts = [(name, positions, packing.tokens / positions) for name, positions in ways]
     rows = [(f"{name}: {positions:,} positions, {part:.1%} filled", positions, part) for name, positions, part in parts]
-    words = "; ".join(name for name, _, _ in rows)
-    return figure("Positions (tokens and padding) that go through the model; in blue tokens", words, shares(rows), height_of_shares(rows))
+    words, caption = "; ".join(name for name, _, _ in rows), "Positions that go through the model; in blue those without padding"
+    return figure(caption, words, shares(rows), height_of_shares(rows))
 
 
 def drops(audit: Audit) -> str:
