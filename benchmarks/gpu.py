@@ -51,9 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.child:
         return measure(options.child.split(","), options.json, options.device, options.tiny, options.seconds)
     if not options.report:
-        result = run(options)
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        run(options)
     for file in write(options.json):
         print(f"wrote {file}")
     return 0
@@ -90,8 +88,8 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Every part that is asked for, and what is kept of the file."""
+def run(options: argparse.Namespace) -> None:
+    """Measure every part that is asked for; the JSON is written after each group, whatever becomes of this process then."""
     from gpu_parts.machine import machine
 
     deadline = time.monotonic() + 60 * options.minutes
@@ -104,26 +102,29 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "machine": machine(options.device),
         "parts": {},
     }
-    if options.keep:
-        result["parts"] = kept(options.json, result)
-        for part in wanted if options.only else ():
-            result["parts"].pop(part, None)
-    for part in wanted:
-        if part not in result["parts"] and (needs := unmet(part, result["machine"])):
-            result["parts"][part] = needs
-    groups = [[part for part in group if part in wanted and part not in result["parts"]] for group in GROUPS]
-    groups = [group for group in groups if group]
-    if options.device == "cpu":
-        groups = [[part for group in groups for part in group]] if groups else []  # imports take longer than all of it
-    for group in groups:
+    before = kept(options.json, result) if options.keep else {}
+    if options.only:
+        before = {part: found for part, found in before.items() if part not in wanted}
+    needs = {part: found for part in wanted if (found := unmet(part, result["machine"]))}
+    todo = [[part for part in group if part in wanted and part not in before | needs] for group in GROUPS]
+    todo = [group for group in todo if group]
+    if options.device == "cpu" and todo:
+        todo = [[part for group in todo for part in group]]  # imports take longer than all of it
+    late = {part: {"status": NOT_REACHED, "lines": {}} for group in todo for part in group}
+    found = late | needs | before
+    result["parts"] = {part: found[part] for part in PARTS if part in found}
+    for group in todo:
         left = deadline - time.monotonic()
-        if left < LEAST_SECONDS:
-            result["parts"] |= {part: {"status": NOT_REACHED, "lines": {}} for part in group}
-            continue
-        print(f"{', '.join(group)}: {left:.0f} s left", flush=True)
-        result["parts"] |= in_a_process(group, options, left, result["date"])
-    result["parts"] = {part: result["parts"][part] for part in PARTS if part in result["parts"]}
-    return result | {"figures": figures(result)}
+        if left > LEAST_SECONDS:
+            print(f"{', '.join(group)}: {left:.0f} s left", flush=True)
+            result["parts"] |= in_a_process(group, options, left, result["date"])
+            save(result, options.json)
+    save(result, options.json)
+
+
+def save(result: dict[str, Any], file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result | {"figures": figures(result)}, indent=1) + "\n")
 
 
 def kept(file: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -186,6 +187,8 @@ def measure(parts: list[str], file: Path, kind: str, tiny: bool, seconds: float)
     from gpu_parts.device import Device
     from gpu_parts.lines import Lines
     from gpu_parts.sizes import REAL, TINY
+
+    import megapsft  # noqa: F401  before megatron
 
     device = Device(kind)
     for part in parts:

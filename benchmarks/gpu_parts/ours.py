@@ -40,21 +40,6 @@ FORCED = "Megatron's moe_router_force_load_balancing: every token's experts are 
 
 
 @dataclass
-class Slice:
-    """A model of few layers, its optimizer, and the device it lives on."""
-
-    policy: Policy
-    optimizer: ChainedOptimizer
-    device: Device
-    sizes: Sizes
-    clock: Clock = field(default_factory=lambda: Clock())
-
-    @property
-    def hf(self) -> HFConfig:
-        return self.policy.hf
-
-
-@dataclass
 class Clock:
     """Seconds of an update's optimizer step, with nothing left to do on the device at both ends."""
 
@@ -74,6 +59,21 @@ class Clock:
             yield
         finally:
             update_module.step_if_finite = original
+
+
+@dataclass
+class Slice:
+    """A model of few layers, its optimizer, and the device it lives on."""
+
+    policy: Policy
+    optimizer: ChainedOptimizer
+    device: Device
+    sizes: Sizes
+    clock: Clock = field(default_factory=Clock)
+
+    @property
+    def hf(self) -> HFConfig:
+        return self.policy.hf
 
 
 def measure(lines: Lines, sizes: Sizes, device: Device, part: str) -> None:
