@@ -14,7 +14,7 @@ import numpy as np
 from megapsft.audit.across import MOST_NEAR, RULES_ACROSS, Problem, Summary, Together, summarise
 from megapsft.audit.lengths import Histogram, Packing, histogram, packing
 from megapsft.audit.roles import ROLES
-from megapsft.audit.rows import DROPS, AuditedRow, audit_rows, read_records
+from megapsft.audit.rows import DROPS, AuditedRow, AuditedSample, audit_rows, read_records
 from megapsft.audit.rules import ROW_RULES, Context, Rule
 from megapsft.audit.spans import Span, spans
 from megapsft.config import Config
@@ -62,7 +62,7 @@ class ShownSample:
     fate: str  # "trained", "truncated", "to be sampled", or why it is dropped
     tokens: int
     trained: int
-    terminators: int  # in the response
+    terminators: int  # in the response, behind its cut not
     reward: float | None  # of rollouts
     spans: tuple[Span, ...]
 
@@ -278,7 +278,7 @@ def show(row: AuditedRow, warnings: Sequence[Warned], template: ChatTemplate) ->
             or ("truncated" if sample.truncated else "trained" if len(sample.response) else "to be sampled"),
             tokens=len(sample.token_ids),
             trained=int(sample.loss_mask.sum()),
-            terminators=int(np.isin(sample.response, template.stop_token_ids).sum()),
+            terminators=int(np.isin(whole_or_kept(sample), template.stop_token_ids).sum()),
             reward=None if sample.demonstration or not len(sample.response) else sample.reward,
             spans=spans(sample, template),
         )
@@ -286,6 +286,11 @@ def show(row: AuditedRow, warnings: Sequence[Warned], template: ChatTemplate) ->
     )
     own = tuple((warned.rule.name, what) for warned in warnings for number, what in warned.found if number == row.number)
     return ShownRow(number=row.number, samples=samples, warnings=own)
+
+
+def whole_or_kept(sample: AuditedSample) -> np.ndarray:
+    """The response as it is trained, or where it is not, as it would be."""
+    return sample.token_ids[sample.prompt_length : None if sample.dropped else sample.kept]
 
 
 def notes(

@@ -52,12 +52,12 @@ def show_audit(audit: Audit, console: Console | None = None) -> None:
         console.print(bars(histogram))
     if audit.drops:
         console.print(drops(audit))
+    if audit.shown:
+        console.print(legend(), soft_wrap=True)
     for row in audit.shown:
         console.rule(f"row {row.number}", align="left", style="default")
         for line in lines(row):
             console.print(line, soft_wrap=True)
-    if audit.shown:
-        console.print(legend(), soft_wrap=True)
     for note in audit.notes:
         console.print(f"[yellow]note:[/] {note}")
     console.print(warnings(audit) if audit.warnings else Text("no warnings", style="bold"))
@@ -191,7 +191,7 @@ def legend() -> Text:
         text.append(f"{opening}{kind}{closing}", style=STYLES[kind])
         text.append(f" {MEANINGS[kind]}   ")
     text.append("<special token>", style="reverse")
-    return text
+    return text.append("\n")
 
 
 def shortened(span: Span, head: int, tail: int) -> str:

@@ -41,7 +41,7 @@ td p { margin: .2rem 0; }
   td.name { padding-top: .5rem; } td.number, td.name + td.number + td { border: 0; text-align: left; }
   td.number::before { content: attr(data-unit) ": "; } }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
-figure { margin: 0; } figcaption { font-size: .85rem; font-weight: 600; min-height: 2.6em; }
+figure { margin: 0; } figcaption { font-size: .85rem; font-weight: 600; min-height: 3em; }
 svg { width: 100%; height: auto; } svg text { font-size: 11px; fill: var(--soft); }
 svg .bar { fill: var(--bar); } svg .rest { fill: var(--rest); } svg .grid { stroke: var(--line); }
 svg .limit { stroke: var(--limit); stroke-width: 1.5; stroke-dasharray: 5 3; } svg .limit-name { fill: var(--limit); }

@@ -42,7 +42,7 @@ def test_spans_say_what_becomes_of_each_token(clean, look):
         ("trained", True, "<|im_end|>"),
     ]
     (sample,) = first.samples
-    assert sample.fate == "truncated"
+    assert (sample.fate, sample.terminators) == ("truncated", 0)
     assert [span.kind for span in sample.spans][-3:] == ["trained", "truncated", "truncated"]
     assert sum(span.tokens for span in sample.spans if span.kind == "truncated") == sample.tokens - 200
     assert first.warnings[0][0] == "truncated"
