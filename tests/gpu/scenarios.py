@@ -35,6 +35,8 @@ from megapsft.platform.machine import Machine  # noqa: E402
 from megapsft.policy import build  # noqa: E402
 from megapsft.policy.build import Policy, build_chunks, distribute, half, model_shape, transformer_config  # noqa: E402
 from megapsft.policy.forward import evaluate, forward_backward, read  # noqa: E402
+from megapsft.policy.generate import InProcess  # noqa: E402
+from megapsft.rollout.base import Request, Sampling  # noqa: E402
 from megapsft.train import plan  # noqa: E402
 from megapsft.train.fp8 import alignment  # noqa: E402
 from megapsft.train.plan import plan_run  # noqa: E402
@@ -131,7 +133,15 @@ def resumed(folder: str, data: str, run: str, before: list[str], after: list[str
     return {"went_on": losses[0], "again": losses[1], "states": sum(state.numel() > 0 for state in states)}
 
 
-SCENARIOS = {function.__name__: function for function in (names, agreement, packed, products, psft, resumed)}
+def generated(folder: str, options: list[str]) -> dict[str, Any]:
+    """What the policy answers to prompts of several lengths, greedily: tokens and their log-probabilities."""
+    policy, samples = _policy(folder, options), _samples(read_config(folder).vocab_size)
+    requests = [Request(prompt_ids=tuple(sample.token_ids.tolist())) for sample in samples]
+    rollouts = InProcess(policy).generate(requests, Sampling(temperature=0, max_tokens=5))
+    return {"tokens": [r.response_ids for r in rollouts], "logprobs": [list(r.rollout_logprobs) for r in rollouts]}
+
+
+SCENARIOS = {function.__name__: function for function in (names, agreement, packed, products, psft, resumed, generated)}
 
 
 def _config(folder: str, options: list[str]) -> Config:

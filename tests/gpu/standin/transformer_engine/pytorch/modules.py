@@ -175,12 +175,12 @@ class GroupedLinear(_Weighted):
 
 class RMSNorm(_Stateful):
     def __init__(
-        self, hidden_size: int, eps: float, sequence_parallel: bool, zero_centered_gamma: bool, params_dtype: torch.dtype,
-        device: Any,
+        self, normalized_shape: int | None = None, *, hidden_size: int | None = None, eps: float, sequence_parallel: bool,
+        zero_centered_gamma: bool, params_dtype: torch.dtype, device: Any,
     ):  # fmt: skip
         super().__init__()
         assert not zero_centered_gamma
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=params_dtype))
+        self.weight = torch.nn.Parameter(torch.ones(normalized_shape or hidden_size, dtype=params_dtype))
         self.weight.sequence_parallel = sequence_parallel
         self.eps = eps
 
@@ -204,12 +204,13 @@ class DotProductAttention(_Stateful):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, *, attn_mask_type: str,
         qkv_format: str = "sbhd", cu_seqlens_q: Tensor | None = None, cu_seqlens_kv: Tensor | None = None,
         cu_seqlens_q_padded: Tensor | None = None, cu_seqlens_kv_padded: Tensor | None = None,
-        max_seqlen_q: int | None = None, max_seqlen_kv: int | None = None,
+        max_seqlen_q: int | None = None, max_seqlen_kv: int | None = None, pad_between_seqs: bool | None = None,
     ) -> Tensor:  # fmt: skip
         if qkv_format == "thd":
             assert attn_mask_type == "padding_causal"
             assert cu_seqlens_q.dtype == cu_seqlens_kv.dtype == torch.int32
             # there is no padding between sequences only where these are the same object, and only then any kernel will do
+            assert not pad_between_seqs
             assert cu_seqlens_q_padded is cu_seqlens_q
             assert cu_seqlens_kv_padded is cu_seqlens_kv
             lengths = cu_seqlens_q.diff().tolist()
