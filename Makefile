@@ -75,7 +75,7 @@ py312: $(MEGATRON312:%=.venv-py312-%/.installed)
 		chmod +x .venv-py312-$*/bin/$$program; done
 	@touch $@
 
-## slurm       Debian's Slurm Slurm, where there is none; nothing of it is started. As root, or with sudo
+## slurm       Debian's Slurm, where there is none; nothing of it is started. As root, or with sudo
 .PHONY: slurm
 slurm:
 	@PATH=$$PATH:/usr/sbin:/sbin; for program in $(SLURM_PROGRAMS); do command -v $$program >/dev/null || missing=1; done; \
