@@ -167,3 +167,6 @@ def install() -> None:
     # one generator plays both the CPU's and the device's part, so Megatron would warn at every fork of it
     rng_logger = logging.getLogger("megatron.core.tensor_parallel.random")
     rng_logger.addFilter(lambda record: has_cuda() or "CPU RNG state changed" not in record.getMessage())
+    # a login node has PyTorch for CUDA, the toolkit and no GPU; Megatron's imports lead to where that is said
+    toolkit_logger = logging.getLogger("torch.utils.cpp_extension")
+    toolkit_logger.addFilter(lambda record: "No CUDA runtime is found" not in record.getMessage())
