@@ -92,6 +92,7 @@ def _train_here(plan: RunPlan, evaluation: Evaluation | None, asked: HeldSignal)
     hush()
     parallel.initialize(plan.mesh, plan.config.parallel, plan.config.train.seed)
     run = start(plan, evaluation, asked.came)
+    began = run.done.step
     try:
         loop(run)
     except TrainingStopped as error:  # on all ranks at once
@@ -99,7 +100,8 @@ def _train_here(plan: RunPlan, evaluation: Evaluation | None, asked: HeldSignal)
         parallel.shutdown()
         return complain(error)
     if is_first():
-        _show_parts(run)
+        if run.done.step > began:
+            _show_parts(run)
         done, stopped = run.done, f"; stopped by {run.stopped}, the same command goes on" if run.stopped else ""
         counts = f"{done.step} steps, {done.update} updates, {done.skipped_updates} of them skipped"
         print(f"{plan.config.run.dir}: {counts}{stopped}")
@@ -115,6 +117,6 @@ def _show_parts(run: Run) -> None:
 
     folder = Path(run.plan.config.run.dir)
     found = spent_by(folder, after=run.parts.take())
-    if found is not None:  # a run that found nothing to do
+    if found is not None:  # its steps trained something
         write_spent(found, folder)
         Console().print(step_table(found, run.plan.config.run.dir))

@@ -301,6 +301,8 @@ class Run:
         self.heart.rest()
         began = time.perf_counter()
         self.profile.finish()
+        if self.plan.config.profile.tool == "torch":
+            self.say(f"traces are in {run_folder(self.plan.config) / 'profile'}")
         self.clock += time.perf_counter() - began
 
     def _speed(self, metrics: Mapping[str, float]) -> dict[str, float]:
