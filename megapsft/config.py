@@ -7,13 +7,14 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
 from megapsft.errors import Refused
 
+Share = Annotated[float, Field(ge=0, le=1)]
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -39,6 +40,15 @@ class ModelConfig:
     logprob_backend: Literal["auto", "torch", "triton", "reference"] = "auto"  # auto: triton on CUDA, else torch
     moe_aux_loss_coeff: NonNegativeFloat = 0.0  # of the balance of experts within each sequence, summed over layers
     moe_routing_replay: Literal[False, True, "rollout"] = False  # true: experts of the old pass again; rollout: of the engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class FP8Config:
+    """Products of linear layers in FP8, on GPUs that have it; embedding, head, norms and attention stay as they are."""
+
+    __pydantic_config__ = STRICT
+    format: Literal["e4m3", "hybrid"] | None = None  # null: none of this; e4m3; hybrid: gradients in e5m2
+    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"  # what shares a scale, and when it is chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +147,7 @@ class TrainConfig:
     sft_warmup_lr: NonNegativeFloat = 2e-5  # constant
     temperature: PositiveFloat = 1.0  # divides the logits in every pass; for rollouts, the temperature they were sampled at
     no_grad_microbatches: PositiveInt = 1  # packed ones that a pass of the old or reference policy takes as one; 1: same bits
+    max_noise_clipped: Share | None = None  # of ratios, by noise alone, or the run is refused; null: 0.001 with fp8; 1: any
     seed: int = 1234
     max_skipped_updates: PositiveInt = 10  # updates skipped one after the other before the run stops
     hang_factor: PositiveFloat | None = 20.0  # no update for so many median steps: stacks are written, and it ends; None: never
@@ -232,6 +243,7 @@ class Config:
     __pydantic_config__ = STRICT
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    fp8: FP8Config = field(default_factory=FP8Config)
     data: DataConfig = field(default_factory=DataConfig)
     objective: dict[str, Any] = field(default_factory=lambda: {"name": "psft"})
     rewards: tuple[dict[str, Any], ...] = ()  # of sampled responses: [{name: math_answer}, {name: format, weight: 0.1}], summed

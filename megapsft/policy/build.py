@@ -12,7 +12,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megapsft.config import ModelConfig, ParallelConfig
+from megapsft.config import FP8Config, ModelConfig, ParallelConfig
 from megapsft.models.family import Family
 from megapsft.models.hf_config import HFConfig
 from megapsft.models.layer_spec import layer_spec
@@ -85,7 +85,7 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:
 
 
 def transformer_config(
-    family: Family, hf: HFConfig, model: ModelConfig, parallel: ParallelConfig, mesh: Mesh
+    family: Family, hf: HFConfig, model: ModelConfig, parallel: ParallelConfig, mesh: Mesh, fp8: FP8Config | None = None
 ) -> TransformerConfig:
     """Megatron's config: the family's architecture, the mesh's split, and our numerics."""
     dtype = DTYPES[model.dtype]
@@ -114,6 +114,8 @@ def transformer_config(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
     )
+    if fp8 is not None and fp8.format is not None:
+        options |= dict(fp8=fp8.format, fp8_recipe=fp8.recipe)
     if hf.num_experts:
         options |= dict(
             moe_token_dispatcher_type=model.moe_token_dispatcher_type,

@@ -27,6 +27,7 @@ from megapsft.parallel import Mesh, plan_mesh
 from megapsft.platform.cpu import has_cuda
 from megapsft.policy.backend import choose_backend
 from megapsft.policy.build import model_shape
+from megapsft.train.noise_limit import check_limit, limit_of
 from megapsft.train.phases import Phase, has_old_policy, phases, reference_needs
 from megapsft.train.prepare import with_advantages
 from megapsft.train.rollout_options import OF_SGLANG, check_options, check_references
@@ -48,6 +49,7 @@ MAY_CHANGE = (
     "model.make_vocab_size_divisible_by",
     "train.steps",
     "train.max_skipped_updates",
+    "train.max_noise_clipped",
     "train.hang_",
     "evaluate.",
     *(f"rollout.{name}" for name in (*OF_SGLANG, "engine", "max_batch_size", "reward_workers")),
@@ -161,6 +163,9 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
     check_checkpoint(config.model.path, family, hf)
     choose_backend(config.model.logprob_backend)
     _check_other_models(config, all_phases, hf)
+    check_limit(config, all_phases[-1].objective)
+    if config.fp8.format is not None and not has_cuda():
+        raise Refused(f"fp8.format={config.fp8.format}", "needs a GPU that computes in FP8", "leave fp8 out")
     check_options(config)
     template = ChatTemplate.load(config.model.path)
     data = load_dataset(config, template, hf.vocab_size)
@@ -317,6 +322,12 @@ def _with_notes(plan: RunPlan) -> RunPlan:
         notes.append(
             f"{name} with one update a step: the old policy is the policy, every ratio is 1 and {then}. Set "
             f"train.minibatch_size below train.batch_size={train.batch_size} (the paper: an eighth)."
+        )
+    limit = limit_of(plan.config, objective.objective)
+    if limit is not None and plan.done_steps == 0:
+        notes.append(
+            f"Before the first update the noise of the ratio is measured: the run is refused where it alone clips more than "
+            f"{100 * limit:g} % (train.max_noise_clipped)."
         )
     notes.extend(plan.data.notes)
     sampled = plan.config.data.kind in ("rollouts", "prompts")

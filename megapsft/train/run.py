@@ -38,6 +38,8 @@ from megapsft.policy.critic import with_value_heads
 from megapsft.policy.reference import Copied, Reference, Swapped
 from megapsft.train.critic import Critic
 from megapsft.train.engines import open_engine
+from megapsft.train.gate import gather_evidence
+from megapsft.train.noise_limit import limit_of
 from megapsft.train.optimizer import build_optimizer, forget, learning_rate
 from megapsft.train.phases import Phase, phase_of
 from megapsft.train.plan import RunPlan, checkpoint_folder, config_file, run_folder, to_yaml
@@ -61,6 +63,7 @@ class Progressed:
     drawn: int = 0  # of the stream of prompts, where responses to them are sampled
     waiting: list[int] = field(default_factory=list)  # draws that were aborted, and come first in the next step
     held: list[int] = field(default_factory=list)  # draws whose demonstrations wait in rollout.demonstration_buffer
+    noise_clipped: float | None = None  # share of ratios, measured once; None: not yet, or nobody asked
 
 
 class Evaluation(Protocol):
@@ -118,6 +121,27 @@ class Run:
             self.critic = build_critic(self.plan)
         self.heart.begin()
         return phase
+
+    def refuse_noise(self, groups: list[Group]) -> None:
+        """Collective. Once, before the first update: a run that would clip more noise than it may ends here, with nothing made.
+
+        Raises:
+            Refused: as `Evidence.refuse`.
+        """
+        limit = limit_of(self.plan.config, self.plan.phases[-1].objective)
+        if limit is None or self.done.noise_clipped is not None:
+            return
+        evidence = gather_evidence(self.policy, self.plan, groups[: self.plan.minibatch_size], limit)
+        if evidence is None:
+            return
+        self.done.noise_clipped = evidence.floor.clipped
+        if self.sinks:
+            evidence.write(run_folder(self.plan.config))
+        if not evidence.accepted:
+            self.close()
+            evidence.refuse()
+        self.say(f"Noise: {evidence}; train.max_noise_clipped={limit:g} allows that.")
+        self.clock = time.perf_counter()  # the first update does not count it
 
     def pack(self, groups: list[Group], objective: Objective) -> TrainBatch:
         """This rank's part of the step, cut into the minibatches of its updates."""
@@ -351,7 +375,7 @@ def build_source(plan: RunPlan, policy: Policy, state: Mapping[str, Any]) -> Sou
 def build_policy(plan: RunPlan) -> Policy:
     """Collective. The policy with the weights of the Hugging Face folder, wrapped for training."""
     config = plan.config
-    megatron = transformer_config(plan.family, plan.hf, config.model, config.parallel, plan.mesh)
+    megatron = transformer_config(plan.family, plan.hf, config.model, config.parallel, plan.mesh, config.fp8)
     chunks = build_chunks(megatron, plan.hf, config.model, plan.mesh)
     import_hf(chunks, Path(config.model.path), plan.hf)
     return policy_of(plan, distribute(chunks, megatron, config.parallel), megatron)
@@ -367,7 +391,7 @@ def build_reference(plan: RunPlan, policy: Policy, first_step: int = 0) -> Refer
     config = plan.config
     reference: Reference = Swapped()
     if config.reference.placement == "copy":
-        megatron = transformer_config(plan.family, plan.hf, config.model, config.parallel, plan.mesh)
+        megatron = transformer_config(plan.family, plan.hf, config.model, config.parallel, plan.mesh, config.fp8)
         reference = Copied(policy_of(plan, half(build_chunks(megatron, plan.hf, config.model, plan.mesh), megatron), megatron))
     mine = Swapped()
     if config.reference.path is not None:
@@ -399,7 +423,7 @@ def policy_of(plan: RunPlan, chunks: list[torch.nn.Module], megatron: Transforme
 def build_critic(plan: RunPlan) -> Critic:
     """Collective. The value function, with the weights of `critic.path` or `model.path` under a head of zeros."""
     config = plan.config
-    megatron = transformer_config(plan.family, plan.hf, config.model, config.parallel, plan.mesh)
+    megatron = transformer_config(plan.family, plan.hf, config.model, config.parallel, plan.mesh, config.fp8)
     chunks = build_chunks(megatron, plan.hf, config.model, plan.mesh)
     import_hf(chunks, Path(config.critic.path or config.model.path), plan.hf)
     with_value_heads(chunks, megatron)
