@@ -7,14 +7,13 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
 from megapsft.errors import Refused
 
-Share = Annotated[float, Field(ge=0, le=1)]
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -147,7 +146,7 @@ class TrainConfig:
     sft_warmup_lr: NonNegativeFloat = 2e-5  # constant
     temperature: PositiveFloat = 1.0  # divides the logits in every pass; for rollouts, the temperature they were sampled at
     no_grad_microbatches: PositiveInt = 1  # packed ones that a pass of the old or reference policy takes as one; 1: same bits
-    max_noise_clipped: Share | None = None  # of ratios, by noise alone, or the run is refused; null: 0.001 with fp8; 1: any
+    max_noise_clipped: NonNegativeFloat | None = None  # of ratios, by noise alone, or the run is refused; null: 0.001 with fp8; 1: any
     seed: int = 1234
     max_skipped_updates: PositiveInt = 10  # updates skipped one after the other before the run stops
     hang_factor: PositiveFloat | None = 20.0  # no update for so many median steps: stacks are written, and it ends; None: never

@@ -10,8 +10,8 @@ from megapsft.types import Objective
 OF_FP8 = 1e-3
 """The share of ratios that noise alone may clip where layers compute in FP8 and nothing else is said.
 
-It is what learning itself clips: with GRPO a share of 0.0013 of all tokens. Source: Group Sequence Policy Optimization
-(arXiv:2507.18071), Fig. 2. Above it most of what is clipped would be noise.
+It is about what learning itself clips: of GRPO a thousandth of all tokens. Source: Group Sequence Policy Optimization
+(arXiv:2507.18071), Fig. 2. Above it most of what is clipped may be noise.
 """
 
 

@@ -88,7 +88,8 @@ def test_with_sampled_responses(scaled, tmp_path):
     """Refused at the first step, once there are responses."""
     write_jsonl(tmp_path / "prompts.jsonl", generate(16, 0, "easy"))
     sampling = (
-        "objective.name=grpo", "data.kind=prompts", *DEMONSTRATIONS, "rewards=[{name: length, soft_limit: 4}]", "rollout.n=2", "rollout.max_tokens=8",
+        "objective.name=grpo", "data.kind=prompts", *DEMONSTRATIONS, "rewards=[{name: length, soft_limit: 4}]",
+        "rollout.n=2", "rollout.max_tokens=8",
         "train.batch_size=4", "train.minibatch_size=2", *NOISY, "objective.clip_low=1e-9",
     )  # fmt: skip
     limited = (*sampling, "train.max_noise_clipped=0.01")
