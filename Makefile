@@ -1,10 +1,15 @@
 # `make help` lists what there is. Python 3.11 or newer: PYTHON names it.
 PYTHON ?= python3
+PYTHON312 ?= python3.12
 PY := .venv/bin/python
+MEGATRON312 := 0.19.2 0.18.2
 FILE ?= tests/oracles/vectors.json
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 shellcheck
 SLURM_PROGRAMS := slurmctld slurmd sbatch munged ip shellcheck
+ON_GPU = PYTHONPATH=$(CURDIR):$(PYTHONPATH) $(PYTHON) -m tests.gpu
+WHEEL = --no-deps --only-binary=:all: --python-version 3.12 --implementation cp $(addprefix --platform manylinux,_2_28_x86_64 \
+	_2_24_x86_64 _2_17_x86_64 2014_x86_64)
 ON_CLUSTER = $(SUDO) $(PY) -m tests.slurm.cluster run
 .DEFAULT_GOAL := help
 
@@ -49,6 +54,30 @@ nemo-run: .venv-nemo-run/.installed
 	.venv-nemo-run/bin/python -m pip install --quiet --no-deps -r requirements/nemo-run.txt
 	@touch $@
 
+## py312       environments of Python 3.12 in .venv-py312-MEGATRON, one for each newer Megatron-Core; does nothing where nothing changed
+.PHONY: py312
+py312: $(MEGATRON312:%=.venv-py312-%/.installed)
+
+.venv-py312/.installed: setup.py requirements/laptop.txt requirements/py312.txt
+	@$(PYTHON312) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' \
+		|| { echo "make: needs Python 3.12, and $(PYTHON312) is not; name another: make $(MAKECMDGOALS) PYTHON312=..." >&2; exit 1; }
+	@echo "installing into .venv-py312 (a few minutes and 5 GB, once)"
+	$(PYTHON312) -m venv .venv-py312
+	grep -vE '^(torch|megatron-core)==' requirements/laptop.txt > .venv-py312/laptop.txt
+	.venv-py312/bin/python -m pip install --quiet --no-deps -r .venv-py312/laptop.txt -r requirements/py312.txt -e .
+	@touch $@
+
+# programs are those of .venv-py312, with this environment's interpreter
+.venv-py312-%/.installed: .venv-py312/.installed
+	.venv-py312/bin/python -m venv .venv-py312-$*
+	.venv-py312-$*/bin/python -m pip install --quiet --no-deps megatron-core==$*
+	echo "import site; site.addsitedir('$(CURDIR)/.venv-py312/lib/python3.12/site-packages')" \
+		> .venv-py312-$*/lib/python3.12/site-packages/shared.pth
+	for program in megapsft torchrun; do \
+		sed '1s|/.venv-py312/|/.venv-py312-$*/|' .venv-py312/bin/$$program > .venv-py312-$*/bin/$$program; \
+		chmod +x .venv-py312-$*/bin/$$program; done
+	@touch $@
+
 ## slurm       Debian's Slurm, where there is none; nothing of it is started. As root, or with sudo
 .PHONY: slurm
 slurm:
@@ -63,6 +92,11 @@ test: venv sglang nemo-run slurm
 	$(PY) -m ruff check .
 	$(PY) -m pytest -n 2 --dist loadfile -m "not servers and not slurm"
 	$(ON_CLUSTER) --clusters 3 $(PY) -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m "servers or slurm"
+
+## test-py312  the suite without servers and cluster on Python 3.12, with each newer Megatron-Core: hours; goes on where it was ended
+.PHONY: test-py312
+test-py312: py312
+	status=0; for version in $(MEGATRON312); do .venv-py312-$$version/bin/python -m tests.py312 || status=1; done; exit $$status
 
 ## test-slurm  only what runs on a cluster: six nodes are started on this machine, and ended
 .PHONY: test-slurm
@@ -84,21 +118,44 @@ invariants: venv
 oracles: venv
 	$(PY) -m tests.oracles $(FILE)
 
+## test-gpu    checks that need a GPU, by what PYTHON has installed: nothing is fetched; ARGS are of pytest
+.PHONY: test-gpu
+test-gpu:
+	@$(ON_GPU) test $(ARGS)
+
+## bench-gpu   what a GPU gives, in 8 minutes: docs/results/gpu.md; likewise; ARGS are of benchmarks/gpu.py
+.PHONY: bench-gpu
+bench-gpu:
+	@$(ON_GPU) bench $(ARGS)
+
+## gpu-wheels  what a GPU machine without network lacks beside PyTorch and Transformer Engine: wheels for Python 3.12 in wheels-gpu
+.PHONY: gpu-wheels
+gpu-wheels:
+	rm -rf wheels-gpu
+	$(PYTHON) -m pip download --quiet $(WHEEL) --dest wheels-gpu -r requirements/gpu.txt
+	@du -ch wheels-gpu/*.whl
+
 ## bench-head  memory and time of the head beside plain logits and TRL's, which is installed for it
 .PHONY: bench-head
 bench-head: venv
 	$(PY) -m pip install --quiet -c requirements/laptop.txt trl==1.16.0
 	$(PY) benchmarks/head.py
 
-## docs        write docs/configuration.md and docs/metrics.md again, from the source
+## docs        write docs/configuration.md, docs/metrics.md and docs/commands.md again, from the source
 .PHONY: docs
 docs: venv
 	$(PY) docs/generate.py
+	$(PY) docs/commands.py
+
+## site        the documentation as a site, in site/; to look at it: .venv/bin/python -m mkdocs serve
+.PHONY: site
+site: venv
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 ## clean       remove the quickstart's output and the tools' caches; .venv, .venv-sglang and your runs stay
 .PHONY: clean
 clean:
-	rm -rf runs/quickstart build dist .pytest_cache .ruff_cache
+	rm -rf runs/quickstart build dist site .pytest_cache .ruff_cache
 	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 ## help        this list

@@ -32,9 +32,10 @@ extras = {
     # torch brings its own triton
     "kernels": ["triton; sys_platform == 'linux'", "numpy<2.4"],
     "harness": ["lm-eval>=0.4.9"],  # tasks of lm-evaluation-harness: megapsft evaluate --lm-eval
-    "dev": ["ruff", "pytest", "pytest-timeout", "pytest-xdist"],
+    "site": ["mkdocs-material>=9.5", "latex2mathml"],  # make site
+    "dev": ["ruff", "pytest", "pytest-timeout", "pytest-xdist", "peft>=0.18"],  # peft reads what runs with LoRA write, in tests
 }
-laptop = ("data", "track", "report", "bench", "math", "harness", "kernels", "dev")
+laptop = ("data", "track", "report", "bench", "math", "harness", "kernels", "site", "dev")
 extras["laptop"] = sorted({package for name in laptop for package in extras[name]})
 
 setup(

@@ -21,7 +21,6 @@ Tokens are those of the rows, prompt and demonstration, without padding.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -31,8 +30,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -48,7 +47,6 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-import megapsft.train.update as update_module
 from megapsft import parallel
 from megapsft.checkpoint.random_init import init_model
 from megapsft.config import load_config
@@ -91,39 +89,6 @@ class Settings:
 def now() -> np.ndarray:
     """[2]: seconds on the wall, and of CPU time of this process."""
     return np.array([time.perf_counter(), time.process_time()])
-
-
-@dataclass
-class Clock:
-    """Seconds by part of an update."""
-
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - begin
-
-    @contextlib.contextmanager
-    def watch(self) -> Iterator[None]:
-        """Also clock the two large parts inside `update`."""
-        inside = {"forward_backward": "forward and backward", "step_if_finite": "optimizer"}
-        originals = {name: getattr(update_module, name) for name in inside}
-        for name, part in inside.items():
-            setattr(update_module, name, self._timed(originals[name], part))
-        try:
-            yield
-        finally:
-            for name, original in originals.items():
-                setattr(update_module, name, original)
-
-    def _timed(self, function: Callable, part: str) -> Callable:
-        def timed(*args: Any) -> Any:
-            with self.part(part):
-                return function(*args)
-
-        return timed
 
 
 class Rows(torch.utils.data.Dataset):
@@ -247,17 +212,14 @@ def phase(run: Run, name: str) -> Phase:
     return dataclasses.replace(run.plan.phases[-1], objective_name=name, objective=build_objective({"name": name}))
 
 
-def our_updates(run: Run, samples: list[Sample], phase: Phase, step: int, clock: Clock) -> list[Report]:
-    """What `megapsft.train.loop` does with a step, short of the checkpoint."""
-    with clock.part("packing"):
-        batch = run.pack([(sample,) for sample in samples], phase.objective)
-    with clock.part("old policy"):
-        batch = with_constants(run.policy, None, batch, phase.objective)
+def our_updates(run: Run, samples: list[Sample], phase: Phase, step: int) -> list[Report]:
+    """What `megapsft.train.loop` does with a step, short of its record and of the checkpoint."""
+    batch = run.pack([(sample,) for sample in samples], phase.objective)
+    batch = with_constants(run.policy, None, batch, phase.objective)
     reports = []
     for minibatch in batch.minibatches:
         reports.append(update(run.policy, phase.objective, run.optimizer, minibatch, run.learning_rate(step, phase)))
         run.log_update(step, phase, reports[-1])
-    run.log_step(step, phase)
     return reports
 
 
@@ -267,7 +229,7 @@ def against_trainer(settings: Settings, run: Run, trainer: PeerTrainer, samples:
     Raises:
         SystemExit: the losses of the first update differ.
     """
-    size, sft, clock = settings.minibatch_size, phase(run, "sft"), Clock()
+    size, sft = settings.minibatch_size, phase(run, "sft")
     seconds: list[np.ndarray] = []
     losses: list[float] = []
 
@@ -276,7 +238,8 @@ def against_trainer(settings: Settings, run: Run, trainer: PeerTrainer, samples:
 
     def ours(index: int) -> None:
         begin = now()
-        (report,) = our_updates(run, rows(index), sft, 0, clock)
+        (report,) = our_updates(run, rows(index), sft, 0)
+        run.log_step(0, sft)
         seconds.append(now() - begin)
         losses.append(report.metrics["train/loss"])
         if index == 0:
@@ -319,17 +282,23 @@ def psft_against_sft(settings: Settings, run: Run) -> dict[str, Any]:
     """Whole steps of both objectives on the same rows; who goes first changes every round."""
     names = ("sft", "psft")
     seconds: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    clocks = {name: Clock() for name in names}
+    parts: dict[str, dict[str, float]] = {name: defaultdict(float) for name in names}
     phases = {name: phase(run, name) for name in names}
-    tokens = []
+    tokens, old_policy = [], []
     for step in range(settings.psft_rounds):
         samples = [sample for group in run.source.next_groups(step) for sample in group]
         tokens.append(sum(map(len, samples)))
         for name in names if step % 2 == 0 else reversed(names):
+            run.parts.take()
             begin = now()
-            with clocks[name].watch():
-                our_updates(run, samples, phases[name], step, clocks[name])
+            our_updates(run, samples, phases[name], step)
+            taken = run.parts.take()
+            run.log_step(step, phases[name])
             seconds[name].append(now() - begin)
+            for part, spent in taken.items():
+                parts[name][part] += spent
+            if name == "psft":
+                old_policy.append(float(taken["old_policy"] / seconds[name][-1][0]))
     times = {name: np.array(seconds[name]) for name in names}  # [rounds, 2]
     return {
         "tokens": tokens,
@@ -338,13 +307,14 @@ def psft_against_sft(settings: Settings, run: Run) -> dict[str, Any]:
         "tokens_per_second": {name: (np.array(tokens) / times[name][:, 0]).tolist() for name in names},
         "ratio": (times["psft"] / times["sft"])[:, 0].tolist(),
         "cpu_ratio": (times["psft"] / times["sft"])[:, 1].tolist(),
-        "shares": {name: shares(clocks[name], times[name][:, 0].sum()) for name in names},
+        "old_policy_share": old_policy,
+        "shares": {name: shares(parts[name], times[name][:, 0].sum()) for name in names},
     }
 
 
-def shares(clock: Clock, total: float) -> dict[str, float]:
-    """Parts of the whole; the rest is metrics, records and zeroed gradients."""
-    found = {name: float(seconds / total) for name, seconds in clock.seconds.items()}
+def shares(parts: dict[str, float], total: float) -> dict[str, float]:
+    """Parts of the whole, as `megapsft.metrics.names.PARTS` calls them; the rest is records and what no part is."""
+    found = {name: float(seconds / total) for name, seconds in parts.items()}
     return found | {"rest": 1 - sum(found.values())}
 
 
@@ -414,6 +384,7 @@ def measure(settings: Settings, folder: Path) -> dict[str, Any]:
             "ours_over_trainer_cpu_time": spread(peer["cpu_ratio"]),
             "psft_over_sft": spread(objectives["ratio"]),
             "psft_over_sft_cpu_time": spread(objectives["cpu_ratio"]),
+            "old_policy_share_of_psft": spread(objectives["old_policy_share"]),
         },
         "against_trainer": peer,
         "psft_against_sft": objectives,
@@ -448,8 +419,10 @@ def table(result: dict[str, Any]) -> Table:
         f"{min(later):.0e}",
         f"{max(later):.0e}",
     )
+    add("share of a PSFT step: old policy", ratios["old_policy_share_of_psft"], ".1%")
     for part, share in objectives["shares"]["psft"].items():
-        made.add_row(f"share of a PSFT step: {part}", f"{share:.1%}", "", "")
+        if part != "old_policy":
+            made.add_row(f"share of a PSFT step: {part}", f"{share:.1%}", "", "")
     return made
 
 

@@ -47,8 +47,8 @@ megapsft train FILE.yaml --dry-run [key=value ...]    # check everything, print 
 ```
 
 The resolved config lies beside the run as `config.yaml`. A run that continues may change `run.*`, `parallel.*`, `log.*`,
-`checkpoint.*`, `train.steps`, `train.max_skipped_updates`, `train.max_noise_clipped`, `train.hang_*`, and how samples are packed; any other change is
-refused.
+`profile.*`, `checkpoint.*`, `train.steps`, `train.max_skipped_updates`, `train.max_noise_clipped`, `train.hang_*`, and how
+samples are packed; any other change is refused.
 """
 MEANINGS = {  # of keys whose line in the source has no comment
     "run.dir": "folder of the run: checkpoints, metrics, resolved config; the same one again continues it",
@@ -75,8 +75,8 @@ MEANINGS = {  # of keys whose line in the source has no comment
     "parallel.virtual_pipeline_model_parallel_size": "VPP: interleaved chunks a stage; null: 1",
     "parallel.context_parallel_size": "CP: ranks that share each sequence",
     "parallel.expert_model_parallel_size": "EP: ranks that share the experts",
-    "parallel.overlap_grad_reduce": "reduce gradients while the backward pass still runs",
-    "parallel.overlap_param_gather": "gather ZeRO-1's parameters while the forward pass runs",
+    "parallel.overlap_grad_reduce": "reduce gradients during the backward pass; default: on GPUs with ZeRO-1",
+    "parallel.overlap_param_gather": "gather ZeRO-1's parameters in the forward pass; default: so, unless a reference is swapped",
     "parallel.recompute_granularity": "recompute activations in the backward pass instead of keeping them; null: keep",
     "checkpoint.keep_last": "newest checkpoints to keep; one is always kept",
     "checkpoint.best_metric": "metric of a step that `keep_best` goes by; lower is better",

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
@@ -15,6 +15,7 @@ from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from megapsft.errors import Refused
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class ModelConfig:
     __pydantic_config__ = STRICT
     path: str = ""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of weights and activations; main parameters are fp32 always
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"  # auto: the latter where it runs
     make_vocab_size_divisible_by: PositiveInt = 128
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
     logprob_chunk_bytes: PositiveInt = 64 * 2**20  # of a chunk of fp32 logits; the head holds about two of them
@@ -46,8 +48,23 @@ class FP8Config:
     """Products of linear layers in FP8, on GPUs that have it; embedding, head, norms and attention stay as they are."""
 
     __pydantic_config__ = STRICT
-    format: Literal["e4m3", "hybrid"] | None = None  # null: none of this; e4m3; hybrid: gradients in e5m2
-    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"  # what shares a scale, and when it is chosen
+    format: Literal["e4m3", "hybrid"] | None = None  # null: bfloat16; hybrid: e5m2 for gradients, else e4m3
+    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"  # of scales, see docs/gpu.md
+    num_layers_at_start_in_bf16: NonNegativeInt = 0  # not with delayed
+    num_layers_at_end_in_bf16: NonNegativeInt = 0  # the same
+    amax_history_len: PositiveInt = 1024  # delayed: passes whose largest values are remembered
+    amax_compute_algo: Literal["max", "most_recent"] = "max"  # delayed: which of them sets the scale
+    param_gather: bool = False  # weights are held, and gathered by the distributed optimizer, in FP8; not mxfp8
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Adapters that are trained instead of the weights: y = W x + alpha / rank B A x, with PEFT's names. See docs/lora.md."""
+
+    __pydantic_config__ = STRICT
+    rank: PositiveInt | None = None  # rows of A, columns of B; null: no adapters, all weights are trained
+    alpha: PositiveFloat = 32.0  # alpha / rank scales what an adapter adds
+    target_modules: tuple[Projection, ...] = get_args(Projection)  # of attention, MLPs and experts alike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +163,7 @@ class TrainConfig:
     sft_warmup_lr: NonNegativeFloat = 2e-5  # constant
     temperature: PositiveFloat = 1.0  # divides the logits in every pass; for rollouts, the temperature they were sampled at
     no_grad_microbatches: PositiveInt = 1  # packed ones that a pass of the old or reference policy takes as one; 1: same bits
-    max_noise_clipped: NonNegativeFloat | None = None  # of ratios, by noise alone, or the run is refused; null: 0.001 with fp8; 1: any
+    max_noise_clipped: NonNegativeFloat | None = None  # share of ratios: more are refused; null: 0.001 with fp8; 1: any
     seed: int = 1234
     max_skipped_updates: PositiveInt = 10  # updates skipped one after the other before the run stops
     hang_factor: PositiveFloat | None = 20.0  # no update for so many median steps: stacks are written, and it ends; None: never
@@ -202,8 +219,8 @@ class ParallelConfig:
     expert_tensor_parallel_size: PositiveInt | None = None  # default: tensor_model_parallel_size
     sequence_parallel: bool | None = None  # default: on where Megatron needs it (MoE with tensor parallelism)
     use_distributed_optimizer: bool = False  # ZeRO-1
-    overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False
+    overlap_grad_reduce: bool | None = None
+    overlap_param_gather: bool | None = None
     overlap_p2p_comm: bool | None = None  # default: on with virtual pipeline stages, which need it
     batch_p2p_comm: bool | None = None  # default: the opposite of overlap_p2p_comm
     recompute_granularity: Literal["full", "selective"] | None = None
@@ -230,6 +247,19 @@ class LogConfig:
     wandb_project: str = "megapsft"
     progress: bool = True
     rollouts: NonNegativeInt = 0  # every so many steps all rollouts of the step go to RUN/rollouts/step-*.jsonl; 0: never
+    peak_flops: PositiveFloat | None = None  # FLOP/s of a device in bfloat16, for perf/mfu; None: of the GPUs that are known
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """What is watched closely, in RUN/profile; it changes no number (docs/profiling.md)."""
+
+    __pydantic_config__ = STRICT
+    steps: tuple[PositiveInt, PositiveInt] | None = None  # the first and the last, counted from 1; None: none, or `--profile`
+    ranks: tuple[NonNegativeInt, ...] = (0,)  # whose; []: all
+    tool: Literal["torch", "nsys"] = "torch"  # traces; or ranges alone, for `nsys profile --capture-range=cudaProfilerApi`
+    memory: bool = True  # torch on CUDA: also a snapshot of the device's memory
+    details: bool = False  # torch: also shapes and Python stacks, which take time and room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +273,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     fp8: FP8Config = field(default_factory=FP8Config)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: dict[str, Any] = field(default_factory=lambda: {"name": "psft"})
     rewards: tuple[dict[str, Any], ...] = ()  # of sampled responses: [{name: math_answer}, {name: format, weight: 0.1}], summed
@@ -255,6 +286,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:

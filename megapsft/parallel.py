@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megapsft.config import ParallelConfig
 from megapsft.errors import Refused
@@ -187,6 +187,19 @@ def _divides(name: str, size: int, numbers: dict[str, int]) -> None:
         if number % size:
             fit = [str(n) for n in range(1, common + 1) if common % n == 0 and n <= 128]
             raise Refused(f"{name}={size}", f"must divide {of}={number}", "use " + ", ".join(fit))
+
+
+def with_overlap(parallel: ParallelConfig, on_gpus: bool, swapped: bool) -> ParallelConfig:
+    """`parallel` with what is left open decided: communication of the distributed optimizer is hidden behind GPUs' arithmetic.
+
+    Args:
+        swapped: a reference is exchanged with the policy, whose parameters may then not be on their way.
+    """
+    hidden = on_gpus and parallel.use_distributed_optimizer
+    reduce = hidden if parallel.overlap_grad_reduce is None else parallel.overlap_grad_reduce
+    gather = parallel.overlap_param_gather
+    gather = hidden and reduce and not swapped if gather is None else gather
+    return replace(parallel, overlap_grad_reduce=reduce, overlap_param_gather=gather)
 
 
 def initialize(mesh: Mesh, parallel: ParallelConfig, seed: int) -> None:

@@ -76,6 +76,7 @@ class Minibatch:
     trained_tokens: int  # sum of loss_mask over the update, all ranks
     forward_tokens: int  # positions that go through the model, padding included, all data-parallel ranks
     real_tokens: int  # positions that are not padding, all ranks
+    squared_lengths: int  # sum over all samples of the square of their tokens: what attention computes
     samples: int
 
 

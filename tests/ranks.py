@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, seconds
         sys.stdout.flush()
         sys.stderr.flush()
         for rank in range(world_size):
-            pid = os.fork()
+            with warnings.catch_warnings():  # Python 3.12 warns of any thread; those here are of tokenizers, which knows of forks
+                warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
+                pid = os.fork()
             if pid == 0:
                 _child(rank, world_size, port, Path(folder), function, args)
             children[pid] = rank

@@ -23,7 +23,7 @@ ROWS = (
     ("data", "rollout", "rewards", "advantages", "objectives", "models"),
     ("policy",),
     ("checkpoint",),
-    ("train",),
+    ("train", "audit"),
     ("evaluate", "report", "cluster"),
     ("pipeline",),
     ("cli",),

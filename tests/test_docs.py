@@ -15,9 +15,12 @@ from pathlib import Path
 import pytest
 
 from megapsft import cli
+from megapsft.audit.across import RULES_ACROSS
+from megapsft.audit.rules import ROW_RULES
 from megapsft.config import Config, flatten, load_config
-from megapsft.data.arithmetic import preferences, read_problems, rollouts, write_jsonl
+from megapsft.data.arithmetic import generate, preferences, read_problems, rollouts, write_jsonl
 from megapsft.metrics.names import METRICS
+from megapsft.platform.cpu import has_cuda
 from megapsft.train.phases import phases
 from tests.command import megapsft
 from tests.shipped import TINY
@@ -32,6 +35,7 @@ RUN = {  # every command that is run, in this order, and what is put behind it t
     "megapsft init-model --family qwen3 --data gsm8k-train.jsonl --out models/tiny": "",
     f"{PSFT} --dry-run": "",
     PSFT: SMALL + "1",
+    PSFT.replace("train", "audit", 1) + " --html audit.html": "",
     "megapsft curves runs/psft-tiny-qwen3-gsm8k --out curves.png": "",
     "megapsft export runs/psft-tiny-qwen3-gsm8k --out exports/tiny": "",
     "megapsft convert hf-to-megatron --hf models/tiny --out converted/tiny": "",
@@ -65,6 +69,7 @@ RUN = {  # every command that is run, in this order, and what is put behind it t
     "python benchmarks/convert.py": "--help",
     "python benchmarks/rollout.py": "--help",
     "python benchmarks/rl.py": "--help",
+    "python benchmarks/gpu.py": "--help",
 }
 ELSEWHERE = {
     "make quickstart": "tests/e2e/test_quickstart.py runs what it runs",
@@ -150,9 +155,46 @@ def test_the_commands_of_the_cluster_page_are_ready_to_run(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_commands_of_profiling_are_ready_to_run(tiny_models, tiny_data, tmp_path, monkeypatch, capsys):
+    """Those of nsys need CUDA; what they start is refused without it."""
+    monkeypatch.chdir(ROOT)
+    here = [f"model.path={tiny_models('qwen3')}", f"data.path={tiny_data}", f"run.dir={tmp_path / 'run'}", "--dry-run"]
+    lines = commands((ROOT / "docs/profiling.md").read_text())
+    curves, *trained, nsys = lines
+    assert curves in RUN
+    assert len(trained) == 2
+    for line, shown in zip(trained, ("steps 2 to 3 of rank(s) 0", "steps 4 to 5 of all ranks"), strict=True):
+        assert cli.main([*line.split()[1:], *here]) == 0
+        assert f"{shown}: traces in" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert cli.main([*nsys.split("megapsft ")[1].split(), *here]) == (0 if has_cuda() else 2)
+    assert ("needs CUDA" in capsys.readouterr().err) == (not has_cuda())
+
+
+def test_the_commands_of_the_audit_page_run(tiny_data, tmp_path, tiny_models, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "configs", "configs")
+    shutil.copytree(tiny_models("qwen3"), "models/tiny")
+    shutil.copy(tiny_data, "gsm8k-train.jsonl")
+    write_jsonl("gsm8k-test.jsonl", generate(5, 7))
+    write_jsonl("preferences.jsonl", preferences(read_problems(tiny_data), 0))
+    lines = commands((ROOT / "docs/audit.md").read_text())
+    assert len(lines) == 3
+    for line in lines:
+        assert cli.main(line.split()[1:]) == 0, line
+        assert "no warnings" in capsys.readouterr().out
+    assert Path("audit.html").is_file()
+    assert json.loads(Path("audit.json").read_text())["kind"] == "preferences"
+
+
+def test_the_audit_page_has_every_rule():
+    table = (ROOT / "docs/audit.md").read_text().split("<!-- rules -->")[1].split("<!-- end of rules -->")[0]
+    rules = [f"| `{rule.name}` | {rule.meaning} | {rule.remedy} |" for rule in (*ROW_RULES, *RULES_ACROSS)]
+    assert table.strip().splitlines()[2:] == rules
+
+
 def test_make_has_the_targets_that_are_named():
     text = "\n".join(page.read_text() for page in PAGES)
-    named = set(re.findall(r"^make ([a-z-]+)", text, re.M)) | set(re.findall(r"`make ([a-z-]+)", text))
+    named = set(re.findall(r"^make ([a-z0-9-]+)", text, re.M)) | set(re.findall(r"`make ([a-z0-9-]+)", text))
     assert {"quickstart", "test", "venv", "invariants", "oracles", "docs"} <= named
     for target in named | {"clean", "help"}:
         subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)

@@ -9,7 +9,7 @@ import pytest
 
 from megapsft.config import ParallelConfig
 from megapsft.errors import Refused
-from megapsft.parallel import Mesh, ModelShape, plan_mesh, smallest_world
+from megapsft.parallel import Mesh, ModelShape, plan_mesh, smallest_world, with_overlap
 
 DENSE = ModelShape(num_layers=24, num_attention_heads=16, num_query_groups=8, ffn_hidden_size=1024)
 MOE = dataclasses.replace(DENSE, num_experts=16)
@@ -62,6 +62,23 @@ def test_data_parallelism_is_what_is_left():
     assert mesh(24, tp=2, pp=3, cp=2).dp == 2
     assert mesh(16, MOE, tp=2, ep=8, etp=1).dp == 8
     assert mesh(5).dp == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "on_gpus", "swapped", "expected"),
+    [
+        (dict(use_distributed_optimizer=True), True, False, (True, True)),
+        (dict(use_distributed_optimizer=True), True, True, (True, False)),
+        (dict(use_distributed_optimizer=True), False, False, (False, False)),
+        (dict(), True, False, (False, False)),
+        (dict(use_distributed_optimizer=True, overlap_grad_reduce=False), True, False, (False, False)),
+        (dict(use_distributed_optimizer=True, overlap_param_gather=False), True, False, (True, False)),
+        (dict(overlap_grad_reduce=True), False, False, (True, False)),
+    ],
+)
+def test_communication_is_hidden_where_it_can_be_and_nobody_says_otherwise(options, on_gpus, swapped, expected):
+    found = with_overlap(ParallelConfig(**options), on_gpus, swapped)
+    assert (found.overlap_grad_reduce, found.overlap_param_gather) == expected
 
 
 def test_defaults_of_a_split():

@@ -29,12 +29,14 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megapsft.checkpoint.files.torch_dist import check_harmless, read_index
-from megapsft.checkpoint.optimizer_state import adam_step, load_state, sharded_state
+from megapsft.checkpoint.optimizer_state import adam_step, load_state, round_again, sharded_state
 from megapsft.checkpoint.state import STATE, check_architecture, read_state, shape_of
-from megapsft.checkpoint.together import refuse_together
+from megapsft.checkpoint.together import from_first
+from megapsft.checkpoint.weights.live import lora_of
 from megapsft.config import CheckpointConfig
 from megapsft.errors import Refused
-from megapsft.platform.compat import save_checkpoint
+from megapsft.models.adapters import is_adapter
+from megapsft.platform.compat import save_checkpoint, transformer_engine_states
 from megapsft.policy.build import Policy
 
 
@@ -122,6 +124,8 @@ class Checkpoints:
             if with_optimizer:
                 sharded = model_state(part.gpt_models(), prefix)
                 load_state(optimizer, sharded, loaded[f"{prefix}optimizer"], state[f"{prefix}adam_step"])
+                if part.config.fp8_param:
+                    round_again(optimizer, part.chunks)
         if with_optimizer and same_mesh:
             _restore_generators(loaded["rng"].data if isinstance(loaded["rng"], ShardedObject) else loaded["rng"])
 
@@ -156,8 +160,14 @@ def latest(folder: Path) -> Path | None:
 
 
 def model_state(chunks: Sequence[GPTModel], prefix: str = "") -> dict[str, Any]:
-    """Sharded tensors of all chunks; keys are of the whole model, so any split can read them."""
-    return {f"chunk{index}": gpt.sharded_state_dict(prefix=prefix) for index, gpt in enumerate(chunks)}
+    """Sharded tensors of all chunks; keys are of the whole model, so any split can read them. Of a model with adapters only they.
+
+    What they are beside is frozen, and in the folder that the run started from.
+    """
+    state = {f"chunk{index}": gpt.sharded_state_dict(prefix=prefix) for index, gpt in enumerate(chunks)}
+    if lora_of(chunks) is None:
+        return state
+    return {chunk: {key: value for key, value in tensors.items() if is_adapter(key)} for chunk, tensors in state.items()}
 
 
 def load_model(path: Path, chunks: Sequence[GPTModel]) -> None:
@@ -166,7 +176,12 @@ def load_model(path: Path, chunks: Sequence[GPTModel]) -> None:
 
 
 def _read(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    refuse_together(lambda: check_harmless(path, read_index(path)))  # Megatron unpickles whatever is there
+    def checked() -> frozenset[str]:
+        index = read_index(path)
+        check_harmless(path, index)  # Megatron and Transformer Engine unpickle whatever is there
+        return frozenset(index.objects)
+
+    _drop_absent_states(content, from_first(checked))
     try:
         return dist_checkpointing.load(content, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
     except (CheckpointingException, CheckpointException, EOFError, OSError, RuntimeError, ValueError) as error:
@@ -174,10 +189,23 @@ def _read(content: dict[str, Any], path: Path) -> dict[str, Any]:
         raise Refused(str(path), f"cannot be read: ...{reason}", "point `latest` at an older checkpoint") from error
 
 
+def _drop_absent_states(content: dict[str, Any], objects: frozenset[str]) -> None:
+    """Do not ask for the `_extra_state` of layers that kept none in the checkpoint: local ones, or products not in FP8."""
+    for chunks in (part for name, part in content.items() if name.endswith("model")):
+        for chunk in chunks.values():
+            for name in [name for name, entry in chunk.items() if "_extra_state" in name and entry.unique_key not in objects]:
+                del chunk[name]
+
+
 def _fill(chunks: Sequence[GPTModel], loaded: dict[str, Any], prefix: str = "") -> None:
     for index, gpt in enumerate(chunks):
-        state = loaded[f"chunk{index}"]
-        gpt.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()}, strict=True)
+        state = {name.removeprefix(prefix): tensor for name, tensor in loaded[f"chunk{index}"].items()}
+        with transformer_engine_states():
+            found = gpt.load_state_dict(state, strict=False)
+        absent = () if lora_of(chunks) is not None else found.missing_keys  # what adapters are beside is not in a checkpoint
+        amiss = [name for name in (*absent, *found.unexpected_keys) if "_extra_state" not in name]
+        if amiss:
+            raise Refused(f"parameter {amiss[0]}", "is in the model or the checkpoint alone", "load one of this architecture")
 
 
 def _mesh(policy: Policy) -> str:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megapsft.checkpoint.weights import Weights, rows_of
 from megapsft.checkpoint.weights.fp8 import BLOCK, FP8, SCALE, Dequantised
-from megapsft.checkpoint.weights.hf import INDEX, SINGLE, HFWeights, numbered, read_json, some
+from megapsft.checkpoint.weights.hf import INDEX, SINGLE, FileWeights, HFWeights, numbered, read_json, some
+from megapsft.checkpoint.weights.part import Part, carried, language_model
 from megapsft.checkpoint.weights.torch_dist import DistWeights
 from megapsft.errors import Refused
+from megapsft.models.families import check_known
 from megapsft.models.family import Family
 from megapsft.models.hf_config import HFConfig
 from megapsft.models.names import HF_EMBEDDING, HF_OUTPUT
 from megapsft.models.parameters import Index, Rule, Shape
 
+CARRIED = "carried.safetensors"  # beside a config without safetensors: what `open_carried` opens
 RELEASE = "release"  # what Megatron calls a checkpoint that no training step made
 NOT_WEIGHTS = (".rotary_emb.inv_freq",)  # buffers that old versions of transformers saved
 
@@ -26,13 +30,15 @@ def read_config(model_dir: str | Path) -> HFConfig:
     """The config of the model in `model_dir`.
 
     Raises:
-        Refused: no such folder, no config.json in it, not JSON, or what `HFConfig.parse` refuses.
+        Refused: no such folder, no config.json in it, not JSON, or what `check_known` and `HFConfig.parse` refuse.
     """
     folder = Path(model_dir)
     if not folder.is_dir():
         remedy = "name a local folder with config.json and *.safetensors, such as one made by `hf download`"
         raise Refused(f"model folder {str(folder)!r}", "is not a folder", remedy)
-    return HFConfig.parse(read_json(folder / "config.json"))
+    raw = read_json(folder / "config.json")
+    check_known(raw)
+    return HFConfig.parse(raw)
 
 
 class ModelWeights:
@@ -52,6 +58,13 @@ class ModelWeights:
         return found[:, *columns] if columns else found
 
 
+class Carried(NamedTuple):
+    """Tensors beside a language model, and the files that they lie in, perhaps among others."""
+
+    part: Part
+    stored: FileWeights
+
+
 def open_checkpoint(model_dir: str | Path) -> ModelWeights:
     """The safetensors of `model_dir`: model.safetensors, or what model.safetensors.index.json lists.
 
@@ -68,19 +81,42 @@ def check_checkpoint(model_dir: str | Path, family: Family, hf: HFConfig) -> Mod
         model_dir: a Hugging Face folder, or one that `megapsft convert hf-to-megatron` made.
 
     Raises:
-        Refused: what `HFWeights`, `check_keys` and `check_tied`, or for a converted folder `DistWeights`, refuse.
+        Refused: what `HFWeights`, `check_keys` and `check_tied`, or for a converted folder `DistWeights`, refuse; what the
+            family carries along is not there.
     """
     if is_converted(model_dir):
         stored = DistWeights(Path(model_dir) / RELEASE, hf, direct=False)
         if stored.has_adapter:
             rule = "keeps an adapter beside the base, which would be left out here"
             raise Refused(str(model_dir), rule, "convert again without --keep-adapter, which merges it")
+        open_carried(model_dir, family)
         return ModelWeights(stored)
-    weights = in_full(HFWeights(model_dir, direct=False), hf)  # not direct: all ranks of a node read it
+    found = HFWeights(model_dir, direct=False, spelling=family.spelling)  # not direct: all ranks of a node read it
+    carried(found, family)
+    weights = in_full(language_model(found, family), hf)
     check_keys(family.parameters(hf), {name: stored.shape for name, stored in weights.tensors.items()}, hf.tie_word_embeddings)
     if hf.tie_word_embeddings:
         check_tied(weights)
     return ModelWeights(weights)
+
+
+def open_carried(model_dir: str | Path, family: Family, direct: bool = False) -> Carried | None:
+    """What the model of the folder has beside its language model; None where its family has nothing of it.
+
+    Raises:
+        Refused: it is not there, or what `carried` refuses.
+    """
+    if family.carried is None:
+        return None
+    folder = Path(model_dir)
+    if (folder / CARRIED).is_file():
+        weights = FileWeights(folder / CARRIED, direct, family.spelling)
+    elif is_hf(folder):
+        weights = HFWeights(folder, direct, family.spelling)
+    else:
+        rule = f"has neither {CARRIED} nor safetensors with what {family.architecture} has beside its language model"
+        raise Refused(str(folder), rule, "name the Hugging Face folder that it started from, or copy it again")
+    return Carried(carried(weights, family), weights)
 
 
 def in_full(weights: Weights, hf: HFConfig, dtype: torch.dtype = torch.bfloat16) -> Weights:
@@ -155,5 +191,5 @@ def check_tied(weights: Weights, nbytes: int = 2**22) -> None:
         raise Refused(HF_OUTPUT, rule, "set tie_word_embeddings to false, or delete the tensor that is wrong")
 
 
-__all__ = ["INDEX", "RELEASE", "SINGLE", "ModelWeights", "check_checkpoint", "check_keys", "check_tied", "is_converted", "is_hf",
-           "open_checkpoint", "read_config"]  # fmt: skip
+__all__ = ["CARRIED", "INDEX", "RELEASE", "SINGLE", "Carried", "ModelWeights", "check_checkpoint", "check_keys", "check_tied",
+           "is_converted", "is_hf", "open_carried", "open_checkpoint", "read_config"]  # fmt: skip

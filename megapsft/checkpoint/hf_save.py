@@ -12,22 +12,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megapsft.checkpoint.carried import copy_tensors, keep_carried
 from megapsft.checkpoint.convert.to_safetensors import SafetensorsTarget
 from megapsft.checkpoint.files.direct import as_bytes
-from megapsft.checkpoint.hf_folder import is_hf
+from megapsft.checkpoint.hf_folder import is_hf, open_carried, read_config
 from megapsft.checkpoint.together import refuse_together
 from megapsft.checkpoint.unfinished import Unfinished, check_free
 from megapsft.checkpoint.weights import Stored
-from megapsft.checkpoint.weights.hf import HFWeights, read_json
+from megapsft.checkpoint.weights.hf import AS_HERE, HFWeights, read_json
 from megapsft.errors import Refused
 from megapsft.models.families import family_of
-from megapsft.models.hf_config import HFConfig, both_spellings
+from megapsft.models.hf_config import TEXT, HFConfig, both_spellings
 from megapsft.models.names import HF_EMBEDDING, HF_OUTPUT
 
 COMPANIONS = (  # what a model folder holds beside config and weights
     "generation_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates",
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt",
+    "vocab.json", "merges.txt", "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
 SOURCE, MANIFEST = "source.json", "conversion.json"  # of a model that a run keeps, of one that was converted
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -50,13 +51,15 @@ def save_hf(
 
     Args:
         stream: (name, tensor on the CPU), all of one dtype; None instead of the tensor on ranks other than 0.
-        source_dir: where tokenizer, chat template and generation config are copied from. With tied embeddings,
-            lm_head.weight is written only if it is stored there.
+        source_dir: where tokenizer, chat template and generation config are copied from, and what the family carries along
+            beside its language model; names are spelt as there. With tied embeddings, lm_head.weight is written only if it is
+            stored there.
         max_shard_bytes: a file of weights has no more than this, unless it is one tensor.
-        dtype: of the weights; None: that of the tensors.
+        dtype: of the weights; None: that of the tensors. What is carried along keeps its own.
 
     Raises:
-        Refused: `out_dir` is a file or a folder that is not empty; the stream lacks a tensor, or has one of another dtype.
+        Refused: `out_dir` is a file or a folder that is not empty; the stream lacks a tensor, or has one of another dtype; what
+            `open_carried` refuses of the source.
     """
     out = Path(out_dir)
     refuse_together(lambda: check_free(out))
@@ -85,8 +88,10 @@ def write_config(hf: HFConfig, dtype: torch.dtype, folder: Path, quantization: M
         dtype: of what is not quantised.
         quantization: quantization_config of weights in FP8; None: there are none, even if the model started from some.
     """
-    name = str(dtype).removeprefix("torch.")
-    config = both_spellings({**hf.raw, "dtype": name, "torch_dtype": name})
+    said = dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
+    config = both_spellings({**hf.raw, **said})
+    if config.get(TEXT):
+        config[TEXT] |= said
     config.pop("quantization_config", None)
     if quantization is not None:
         config["quantization_config"] = dict(quantization)
@@ -127,6 +132,7 @@ def keep_model(source: Path, folder: Path) -> None:
         return
     folder.mkdir(exist_ok=True)
     copy_companions(source, folder)
+    keep_carried(source, family_of(read_config(source)), folder)
     shutil.copyfile(source / "config.json", folder / "config.json")
     about = {"path": str(source.absolute()), "output_layer_stored_twice": stores_output_layer(source)}
     (folder / SOURCE).write_text(json.dumps(about) + "\n")
@@ -149,7 +155,7 @@ def _write(
     dtype: torch.dtype | None,
 ) -> torch.dtype:
     """The safetensors of a stream; gives the dtype of the weights."""
-    twice = hf.tie_word_embeddings and stores_output_layer(source)
+    twice, beside = hf.tie_word_embeddings and stores_output_layer(source), open_carried(source, family_of(hf))
     target, left = None, set()
     for name, tensor in stream:
         if target is None:
@@ -157,12 +163,17 @@ def _write(
             tensors = {n: Stored(s, dtype) for rule in family_of(hf).parameters(hf) for n, s in rule.sources.items()}
             if twice:
                 tensors[HF_OUTPUT] = tensors[HF_EMBEDDING]
-            target, left = SafetensorsTarget(folder, tensors, max_shard_bytes, direct=False), set(tensors)
+            left, spelling = set(tensors), AS_HERE
+            if beside is not None:
+                tensors, spelling = {**tensors, **beside.part.tensors}, beside.stored.spelling
+            target = SafetensorsTarget(folder, tensors, max_shard_bytes, direct=False, spelling=spelling)
             target.open()
         for stored_as in (name, HF_OUTPUT) if twice and name == HF_EMBEDDING else (name,):
             left.remove(stored_as)
             target.write(stored_as, 0, as_bytes(tensor.to(dtype).contiguous()))
     if target is None or left:
         raise Refused("the model", f"gave no {', '.join(sorted(left)) or 'tensors'}", "build it with the family's own layers")
+    if beside is not None:
+        copy_tensors(beside.part, target)
     target.close()
     return dtype

@@ -6,7 +6,7 @@ and the distributed optimizer, and between runs with and without expert parallel
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +50,18 @@ def load_state(optimizer: ChainedOptimizer, model_state: dict, loaded: dict[int,
                     state[name].copy_(loaded[index][position][name])
         for group in part.optimizer.param_groups:
             group["step"] = step
+
+
+def round_again(optimizer: ChainedOptimizer, chunks: Sequence[torch.nn.Module]) -> None:
+    """Collective. The model's parameters out of the main parameters, as a step of the distributed optimizer makes them.
+
+    For those held in FP8: a checkpoint has them in bfloat16, and what is rounded a second time has other scales.
+    """
+    for part in optimizer.chained_optimizers:
+        if not part.is_stub_optimizer:
+            part._copy_main_params_to_model_params()
+    for chunk in chunks:
+        chunk.start_param_sync(force_sync=True)
 
 
 def adam_step(optimizer: ChainedOptimizer) -> int:

@@ -22,11 +22,16 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-FAMILIES = ("qwen3", "qwen3_moe", "qwen2", "llama")
+IMAGES = {  # key of config.json -> token that stands for an image, a video, or an end of one
+    "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
+    "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+}  # fmt: skip
+FAMILIES = ("qwen3", "qwen3_moe", "qwen2", "llama", "qwen2_5_vl")
+WHOLE_HEADS = ("qwen2", "qwen2_5_vl")  # whose config.json cannot say that heads have another size than their share
 
 
 def init_model(
-    family: Literal["qwen3", "qwen3_moe", "qwen2", "llama"],
+    family: Literal["qwen3", "qwen3_moe", "qwen2", "llama", "qwen2_5_vl"],
     data_path: str | Path,
     out_dir: str | Path,
     vocab_size: int = 512,
@@ -48,7 +53,7 @@ def init_model(
 
     The tokenizer is a byte-level BPE, digits one by one, trained on every text of `data_path`. The model's
     vocabulary is exactly the tokenizer's: at most `vocab_size` tokens, fewer where the texts do not give as many, not padded.
-    The experts' numbers only count for qwen3_moe.
+    The experts' numbers only count for qwen3_moe. The vision tower of qwen2_5_vl is the smallest of its kind, whatever the sizes.
 
     Args:
         data_path: .jsonl or .parquet; all strings count, whatever their columns.
@@ -64,15 +69,16 @@ def init_model(
     _divides("num_key_value_heads", num_key_value_heads, "num_attention_heads", num_attention_heads)
     if head_dim % 2:
         raise Refused(f"head_dim={head_dim}", "must be even: rotary positions turn pairs", f"use head_dim={head_dim + 1}")
-    if family == "qwen2" and num_attention_heads * head_dim != hidden_size:  # the one family that cannot say otherwise
-        rule = f"must be num_attention_heads={num_attention_heads} x head_dim={head_dim} for qwen2"
+    if family in WHOLE_HEADS and num_attention_heads * head_dim != hidden_size:
+        rule = f"must be num_attention_heads={num_attention_heads} x head_dim={head_dim} for {family}"
         raise Refused(f"hidden_size={hidden_size}", rule, f"use hidden_size={num_attention_heads * head_dim}")
     if family == "qwen3_moe" and not 1 <= num_experts_per_tok <= num_experts:
         rule = f"must be between 1 and num_experts={num_experts}"
         raise Refused(f"num_experts_per_tok={num_experts_per_tok}", rule, "use fewer, or more experts")
     check_free(out)
 
-    tokenizer = train_tokenizer(read_texts(data_path), vocab_size)
+    images = IMAGES if family == "qwen2_5_vl" else {}
+    tokenizer = train_tokenizer(read_texts(data_path), vocab_size, tuple(images.values()))
     tokenizer.model_max_length = max_position_embeddings
     sizes: dict[str, Any] = dict(
         vocab_size=len(tokenizer),
@@ -98,6 +104,8 @@ def init_model(
             moe_intermediate_size=moe_intermediate_size,
             norm_topk_prob=num_experts_per_tok > 1,
         )
+    if family == "qwen2_5_vl":
+        sizes = _with_vision(sizes, {key: tokenizer.convert_tokens_to_ids(token) for key, token in images.items()})
     model = _random_model(family, sizes, seed).to(getattr(torch, dtype))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -110,8 +118,8 @@ def init_model(
     return out
 
 
-def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
-    """A `transformers` tokenizer with at most `vocab_size` tokens, special ones included, and a ChatML template.
+def train_tokenizer(texts: Iterator[str], vocab_size: int, more: tuple[str, ...] = ()) -> Any:
+    """A `transformers` tokenizer with at most `vocab_size` tokens, special ones and `more` included, and a ChatML template.
 
     Raises:
         Refused: fewer tokens than bytes and special tokens.
@@ -119,7 +127,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    special = [PAD, START, END]
+    special = [PAD, START, END, *more]
     if vocab_size < 256 + len(special):
         rule = f"must be {256 + len(special)} or more: every byte is a token, and so are {', '.join(special)}"
         raise Refused(f"vocab_size={vocab_size}", rule, "use 512")
@@ -132,7 +140,11 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> Any:
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token=PAD, eos_token=END, additional_special_tokens=[START], clean_up_tokenization_spaces=False
+        tokenizer_object=bpe,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=[START, *more],
+        clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = CHATML
     return tokenizer
@@ -143,11 +155,38 @@ def _random_model(family: str, sizes: dict[str, Any], seed: int) -> Any:
 
     transformers.logging.disable_progress_bar()  # for one small file
 
-    prefix = {"qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "qwen2": "Qwen2", "llama": "Llama"}[family]
+    prefix, kind = {
+        "qwen3": ("Qwen3", "ForCausalLM"),
+        "qwen3_moe": ("Qwen3Moe", "ForCausalLM"),
+        "qwen2": ("Qwen2", "ForCausalLM"),
+        "llama": ("Llama", "ForCausalLM"),
+        "qwen2_5_vl": ("Qwen2_5_VL", "ForConditionalGeneration"),
+    }[family]
     config = getattr(transformers, f"{prefix}Config")(**sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return getattr(transformers, f"{prefix}ForCausalLM")(config)
+        return getattr(transformers, f"{prefix}{kind}")(config)
+
+
+def _with_vision(sizes: dict[str, Any], tokens: dict[str, int]) -> dict[str, Any]:
+    """The options of a model that sees images, from those of its language model."""
+    pairs = sizes["head_dim"] // 2
+    side = pairs * 3 // 8  # as in the released models: 16, 24 and 24 of 64
+    rope = {**sizes["rope_parameters"], "mrope_section": [pairs - 2 * side, side, side]}
+    text = {key: value for key, value in sizes.items() if key not in ("head_dim", "tie_word_embeddings")}
+    return dict(
+        text_config={**text, "rope_parameters": rope},
+        vision_config=dict(
+            depth=2,
+            hidden_size=32,
+            intermediate_size=48,
+            num_heads=2,
+            out_hidden_size=sizes["hidden_size"],
+            fullatt_block_indexes=[1],
+        ),
+        tie_word_embeddings=sizes["tie_word_embeddings"],
+        **tokens,
+    )
 
 
 def _divides(name: str, size: int, of: str, number: int) -> None:

@@ -7,6 +7,7 @@ import sys
 
 import tyro
 
+from megapsft.cli.audit import audit
 from megapsft.cli.cancel import cancel
 from megapsft.cli.config import config
 from megapsft.cli.convert import CONVERT, convert
@@ -36,6 +37,7 @@ __all__ = ["COMMANDS", "CONVERT", "main"]
 COMMANDS = {
     "train": train,
     "pipeline": pipeline,
+    "audit": audit,
     "probe": probe,
     "export": export,
     "convert": convert,
@@ -54,12 +56,12 @@ COMMANDS = {
     "cancel": cancel,
     "sweep": sweep,
 }
-WITH_OVERRIDES = ("train", "pipeline", "probe", "config", "plan", "serve", "submit", "sweep")
+WITH_OVERRIDES = ("train", "pipeline", "audit", "probe", "config", "plan", "serve", "submit", "sweep")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, 2 where something was refused, 3 where training stopped itself, 75 where it was
-    asked to stop. A rank that hangs ends with 70.
+    """Entry point; returns the exit code: 0, 1 where a check found what it was asked to look for, 2 where something was refused,
+    3 where training stopped itself, 75 where it was asked to stop. A rank that hangs ends with 70.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] and arguments[0] in WITH_OVERRIDES:

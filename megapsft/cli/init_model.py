@@ -33,9 +33,23 @@ def init_model(
         megapsft init-model --family llama --data train.parquet --vocab-size 2048 --hidden-size 256 --out models/larger
 
     Args:
-        family: qwen3, qwen3_moe, qwen2 or llama.
+        family: qwen3, qwen3_moe, qwen2, llama or qwen2_5_vl, which has a tiny vision tower too.
         data: .jsonl or .parquet; the tokenizer is trained on all its texts, whatever the columns.
         out: the folder to make; it must not hold anything yet.
+        vocab_size: tokens of the tokenizer, the special ones among them.
+        hidden_size: of a token's state.
+        num_layers: of the decoder.
+        num_attention_heads: of queries.
+        num_key_value_heads: of keys and values, which queries share in groups.
+        head_dim: of a head; even, since rotary positions turn pairs.
+        intermediate_size: of a dense layer's MLP.
+        num_experts: of each layer, where the family has experts.
+        num_experts_per_tok: that a token goes to.
+        moe_intermediate_size: of each expert.
+        max_position_embeddings: tokens that prompt and response may have.
+        tie_word_embeddings: whether the output layer is the embedding.
+        dtype: of the weights.
+        seed: of the random weights.
     """
     options = dict(locals())
     from megapsft.checkpoint.random_init import init_model as make

@@ -39,12 +39,12 @@ def probe(
     """
     from megapsft.config import RunConfig, load_config
     from megapsft.platform.launch import become_world_of_one, torchrun
-    from megapsft.report.probe import need_matplotlib
+    from megapsft.report.picture import need_matplotlib
     from megapsft.train.plan import plan_run
     from megapsft.train.probe import first_groups
 
     if plot is not None:
-        need_matplotlib()
+        need_matplotlib("--plot", without="leave --plot out")
     resolved = load_config(config, OVERRIDES)
     if resolved.run.dir:  # one that is never made: what stands in run.dir is another run than that of a probe
         resolved = replace(resolved, run=RunConfig(dir=str(Path(resolved.run.dir) / "probe")))

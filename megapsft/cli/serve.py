@@ -29,12 +29,15 @@ def serve(
             for the network of a cluster alone.
         ready: file that is made once the server answers.
     """
+    from megapsft.checkpoint.hf import read_config
     from megapsft.config import load_config
+    from megapsft.models.families import check_served
     from megapsft.rollout.sglang.alone import stay_with
     from megapsft.rollout.sglang.server import Server, find_python
     from megapsft.train.engines import server_options
 
     resolved = load_config(config, OVERRIDES)
+    check_served(read_config(resolved.model.path), "megapsft serve")
     options = server_options(resolved)
     server = Server(
         python=find_python(options.python), model=Path(resolved.model.path), dtype=resolved.model.dtype,

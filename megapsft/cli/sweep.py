@@ -48,9 +48,10 @@ def sweep(
     from megapsft.cluster.sweep import sweep as sweeps
     from megapsft.cluster.sweep.measure import notes, rows
     from megapsft.cluster.sweep.points import Asked, parse_vary, points
-    from megapsft.report.scaling import need_matplotlib, show_scaling, write_scaling
+    from megapsft.report.picture import need_matplotlib
+    from megapsft.report.scaling import show_scaling, write_scaling
 
-    need_matplotlib()
+    need_matplotlib("sweep")
     if dry_run and report_only:
         raise Refused("--dry-run --report-only", "exclude each other", "leave one out")
     of_cluster = [text.removeprefix("cluster.") for text in OVERRIDES if text.startswith("cluster.")]

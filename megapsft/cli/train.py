@@ -16,13 +16,14 @@ from megapsft.errors import TrainingStopped
 if TYPE_CHECKING:
     from megapsft.platform.held_signal import HeldSignal
     from megapsft.train.plan import RunPlan
-    from megapsft.train.run import Evaluation
+    from megapsft.train.run import Evaluation, Run
 
 
 def train(
     config: tyro.conf.Positional[Path],
     *,
     dry_run: bool = False,
+    profile: bool = False,
     nproc_per_node: int | None = None,
 ) -> int:
     """Train: megapsft train CONFIG.yaml [key=value ...]. The same command on the same run.dir continues the run.
@@ -31,6 +32,7 @@ def train(
         megapsft train configs/psft/tiny-qwen3-gsm8k.yaml data.path=train.jsonl model.path=models/tiny
         megapsft train configs/psft/tiny-qwen3-gsm8k.yaml parallel.tensor_model_parallel_size=2 train.steps=50
         megapsft train configs/psft/tiny-qwen3-gsm8k.yaml --dry-run
+        megapsft train configs/psft/tiny-qwen3-gsm8k.yaml --profile
         torchrun --nproc-per-node 8 -m megapsft.cli train CONFIG.yaml     (or srun: it joins)
 
     SIGUSR1, or a file RUN/stop, ends it after the step that it is in, saved, to be continued (docs/queue.md).
@@ -38,6 +40,7 @@ def train(
     Args:
         config: YAML file; `key=value` arguments overlay it, `megapsft config` lists the keys.
         dry_run: check everything, print what would run, start nothing.
+        profile: trace the second and third step from here on, or profile.steps, into RUN/profile (docs/profiling.md).
         nproc_per_node: processes to start here; default: the GPUs of this machine, or the fewest that the split needs.
     """
     from megapsft.platform.held_signal import HeldSignal
@@ -46,12 +49,15 @@ def train(
     from megapsft.config import load_config
     from megapsft.platform.launch import become_world_of_one, torchrun
     from megapsft.report.plan import show_plan
-    from megapsft.train.plan import plan_run, run_folder
+    from megapsft.train.plan import plan_run, run_folder, with_profile
     from megapsft.train.stop import STOPPED, ask, was_stopped, withdraw
 
-    resolved = load_config(config, OVERRIDES)
+    resolved, overrides = load_config(config, OVERRIDES), list(OVERRIDES)
     world, joined = world_of(resolved.parallel, nproc_per_node)
     plan = plan_run(resolved, world)  # refuses at the door, before any process starts
+    if profile:
+        plan = with_profile(plan)
+        overrides.append(f"profile.steps={list(plan.config.profile.steps)}")
     evaluation = None
     if resolved.evaluate.data:
         from megapsft.evaluate.during_training import DuringTraining
@@ -64,7 +70,7 @@ def train(
     folder = run_folder(resolved)
     if world > 1 and not joined:
         with asked.passed_on(lambda: ask(folder)):
-            code = torchrun(world, ["train", str(config), *OVERRIDES])
+            code = torchrun(world, ["train", str(config), *overrides])
         if code == 0:
             withdraw(folder)  # what came when there was nobody left to ask
     else:
@@ -93,8 +99,22 @@ def _train_here(plan: RunPlan, evaluation: Evaluation | None, asked: HeldSignal)
         parallel.shutdown()
         return complain(error)
     if is_first():
+        _show_parts(run)
         done, stopped = run.done, f"; stopped by {run.stopped}, the same command goes on" if run.stopped else ""
         counts = f"{done.step} steps, {done.update} updates, {done.skipped_updates} of them skipped"
         print(f"{plan.config.run.dir}: {counts}{stopped}")
     parallel.shutdown()
     return 0
+
+
+def _show_parts(run: Run) -> None:
+    """Where its steps went: on the terminal, and in RUN/time.json."""
+    from rich.console import Console
+
+    from megapsft.report.step import spent_by, step_table, write_spent
+
+    folder = Path(run.plan.config.run.dir)
+    found = spent_by(folder, after=run.parts.take())
+    if found is not None:  # a run that found nothing to do
+        write_spent(found, folder)
+        Console().print(step_table(found, run.plan.config.run.dir))

@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megapsft.cluster.efficiency import ATTENTION, EXPERTS, HBM, LINEAR, Execution, imbalance
-from megapsft.cluster.hardware import GPU
 from megapsft.cluster.memory import GRADIENT, MASTER, MOMENTS
-from megapsft.cluster.sizes import active_per_token
 from megapsft.cluster.workload import Workload
 from megapsft.config import Config
 from megapsft.errors import Refused
+from megapsft.models.flops import BACKWARD, active_per_token
 from megapsft.models.hf_config import HFConfig
 from megapsft.parallel import Mesh
+from megapsft.platform.chips import GPU
 from megapsft.policy.build import padded_vocab_size
-
-BACKWARD = 2  # times what the forward pass computes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +76,14 @@ def head_forward(hf: HFConfig, mesh: Mesh, work: Workload, divisible_by: int) ->
     return Operations(head=2 * work.positions / mesh.cp * vocabulary * hf.hidden_size / mesh.tp)
 
 
-def head_training(forward: Operations, config: Config) -> Operations:
-    """Forward and backward: slabs of logits are made again for their gradient."""
-    return forward * (1 + BACKWARD + (config.model.logprob_backend != "reference"))
+def head_again(forward: Operations, config: Config) -> Operations:
+    """Slabs of logits are made again for their gradient."""
+    return forward * (config.model.logprob_backend != "reference")
+
+
+def backward(forward: Operations, frozen: bool) -> Operations:
+    """Gradients of inputs and of weights; where these are frozen, of inputs alone. Those of adapters are left out."""
+    return forward * BACKWARD if not frozen else forward + forward.only("attention")
 
 
 def seconds(done: Operations, hf: HFConfig, mesh: Mesh, gpu: GPU, execution: Execution) -> float:
@@ -100,11 +103,3 @@ def seconds(done: Operations, hf: HFConfig, mesh: Mesh, gpu: GPU, execution: Exe
 def optimizer_seconds(parameters: float, gpu: GPU) -> float:
     """AdamW over so many parameters of a rank: state read and written, gradients read, parameters written."""
     return parameters * (2 * (MASTER + MOMENTS) + GRADIENT + 2) / (HBM * gpu.hbm)
-
-
-def useful_operations(hf: HFConfig, work: Workload) -> float:
-    """FLOP of a token in training, over all ranks, that any system computes: nothing twice, no padding. Of MFU."""
-    dense, experts = active_per_token(hf)
-    attention = 4 * hf.num_attention_heads * hf.head_dim * work.length / 2
-    forward = hf.num_hidden_layers * (2 * (dense + experts) + attention) + 2 * hf.vocab_size * hf.hidden_size
-    return (1 + BACKWARD) * forward

@@ -9,16 +9,17 @@ from megapsft.cluster.efficiency import LINK, Execution
 from megapsft.cluster.generation import generation_seconds
 from megapsft.cluster.hardware import Machines
 from megapsft.cluster.memory import USABLE, StageMemory, stage_memory
-from megapsft.cluster.sizes import of_stage, replicas
+from megapsft.cluster.sizes import Parameters, replicas, trained_of_stage
 from megapsft.cluster.traffic import Traffic
 from megapsft.cluster.workload import Workload, workload
 from megapsft.config import Config
 from megapsft.errors import Refused
+from megapsft.models.flops import model_flops
 from megapsft.models.hf_config import HFConfig
-from megapsft.parallel import Mesh, plan_mesh
+from megapsft.parallel import Mesh, plan_mesh, with_overlap
 from megapsft.policy.build import DTYPES, model_shape
 from megapsft.train.phases import Phase, phases
-from megapsft.train.plan import check_minibatch
+from megapsft.train.plan import check_adapters, check_minibatch
 
 OURS = Execution()
 
@@ -82,7 +83,8 @@ class Estimate:
 
     @property
     def model_flops_utilization(self) -> float:
-        useful = compute.useful_operations(self.hf, self.work) * self.tokens_per_second
+        tokens, frozen = self.work.tokens, self.config.lora.rank is not None
+        useful = model_flops(self.hf, tokens, tokens * self.work.length, frozen=frozen) / self.time.total
         return useful / (self.machines.world_size * self.machines.gpu.bf16)
 
     def as_dict(self) -> dict[str, object]:
@@ -124,7 +126,9 @@ def estimate(
         raise Refused(f"data.max_length={config.data.max_length}", rule, remedy)
     dispatcher = config.model.moe_token_dispatcher_type
     mesh = plan_mesh(config.parallel, machines.world_size, model_shape(hf), on_cuda=True, dispatcher=dispatcher)
-    work = workload(config, mesh, phase or phases(config)[-1])
+    phase = phase or phases(config)[-1]
+    check_adapters(config, mesh, hf, phase.objective)
+    work = workload(config, mesh, phase)
     time, sent = _Step(config, hf, machines, mesh, work, execution).take()
     stages = tuple(stage_memory(config, hf, mesh, work, stage, execution) for stage in range(mesh.pp))
     return Estimate(config=config, hf=hf, machines=machines, mesh=mesh, work=work, stages=stages, time=time, traffic=tuple(sent))
@@ -172,15 +176,15 @@ class _Step:
 
     def _passes(self, head: bool) -> tuple[float, float]:
         """Seconds of the slowest stage for the forward and the backward pass of a microbatch."""
-        hf, mesh = self.hf, self.mesh
+        hf, mesh, frozen = self.hf, self.mesh, self.config.lora.rank is not None
         layers = hf.num_hidden_layers // mesh.pp
         layer = compute.layer_forward(hf, mesh, self.work)
         forward = layer * layers
-        backward = (layer * compute.BACKWARD + compute.layer_again(layer, hf, self.config)) * layers
+        backward = (compute.backward(layer, frozen) + compute.layer_again(layer, hf, self.config)) * layers
         if head:
             output = compute.head_forward(hf, mesh, self.work, self.config.model.make_vocab_size_divisible_by)
             forward += output
-            backward += compute.head_training(output, self.config) + output * -1
+            backward += compute.head_again(output, self.config) + compute.backward(output, frozen)
         return tuple(compute.seconds(done, hf, mesh, self.machines.gpu, self.execution) for done in (forward, backward))
 
     def _exchanged(self) -> list[Traffic]:
@@ -206,10 +210,12 @@ class _Step:
         return 3 if full or (experts and one.purpose.startswith("expert")) else 2
 
     def _of_update(self) -> list[Traffic]:
-        parallel, divisible_by = self.config.parallel, self.config.model.make_vocab_size_divisible_by
-        chunks = of_stage(self.hf, self.mesh, divisible_by, 0)
-        itemsize = DTYPES[self.config.model.dtype].itemsize
-        return traffic.of_update(chunks, self.mesh, self.machines, itemsize, parallel.use_distributed_optimizer)
+        itemsize, sharded = DTYPES[self.config.model.dtype].itemsize, self.config.parallel.use_distributed_optimizer
+        return traffic.of_update(self._trained(), self.mesh, self.machines, itemsize, sharded)
+
+    def _trained(self) -> tuple[Parameters, ...]:
+        """Of the first stage."""
+        return trained_of_stage(self.hf, self.mesh, self.config.model.make_vocab_size_divisible_by, self.config.lora, 0)
 
     def _reduced(self, forward: float, backward: float) -> float:
         """Seconds of an update in which gradients or parameters are on their way and nothing is computed.
@@ -217,7 +223,8 @@ class _Step:
         Overlapped, gradients are reduced behind the last microbatch's backward pass, and parameters gathered behind the first
         one's forward pass.
         """
-        parallel = self.config.parallel
+        swapped = self.work.reference_passes > 0 and self.config.reference.placement == "swap"
+        parallel = with_overlap(self.config.parallel, on_gpus=True, swapped=swapped)
         spent = {"gradients": 0.0, "parameters": 0.0}
         for one in self._of_update():
             spent[one.purpose.split(",")[0]] += one.seconds
@@ -225,7 +232,7 @@ class _Step:
         return sum(max(0.0, spent[name] - hidden[name]) for name in spent)
 
     def _optimizer(self) -> float:
-        chunks = of_stage(self.hf, self.mesh, self.config.model.make_vocab_size_divisible_by, 0)
+        chunks = self._trained()
         dense, expert = replicas(self.mesh) if self.config.parallel.use_distributed_optimizer else (1, 1)
         numbers = sum(chunk.dense.plain / dense + chunk.expert.plain / expert for chunk in chunks)
         return compute.optimizer_seconds(numbers, self.machines.gpu)
@@ -234,8 +241,7 @@ class _Step:
         """The weights to the host and those of the reference to the GPU, and back."""
         if self.config.reference.placement == "copy":
             return 0.0
-        chunks = of_stage(self.hf, self.mesh, self.config.model.make_vocab_size_divisible_by, 0)
-        weights = sum(chunk.total for chunk in chunks) * DTYPES[self.config.model.dtype].itemsize
+        weights = sum(chunk.total for chunk in self._trained()) * DTYPES[self.config.model.dtype].itemsize
         return 4 * weights / (LINK * self.machines.gpu.host)
 
 

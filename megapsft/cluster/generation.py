@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from megapsft.cluster.efficiency import EAGER_LAYER, HBM
-from megapsft.cluster.hardware import GPU
 from megapsft.cluster.sizes import of_layer
 from megapsft.cluster.workload import Workload
 from megapsft.config import Config
 from megapsft.models.families import parameter_count
 from megapsft.models.hf_config import HFConfig
 from megapsft.parallel import Mesh
+from megapsft.platform.chips import GPU
 from megapsft.policy.build import DTYPES
 
 

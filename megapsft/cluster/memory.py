@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from megapsft.cluster.activations import chunks_in_flight, layer_bytes
 from megapsft.cluster.efficiency import Execution, imbalance
-from megapsft.cluster.hardware import GIB
-from megapsft.cluster.sizes import DIVISIBLE, Parameters, of_stage, replicas, round_up
+from megapsft.cluster.sizes import DIVISIBLE, Parameters, of_stage, replicas, round_up, trained_of_stage
 from megapsft.cluster.workload import Workload
 from megapsft.config import Config
 from megapsft.models.hf_config import HFConfig
 from megapsft.models.kv_cache import GROWTH
 from megapsft.parallel import Mesh
+from megapsft.platform.chips import GIB
 from megapsft.policy.build import DTYPES, padded_vocab_size
 
 RUNTIME = 3 * GIB  # CUDA's context, NCCL's channels, workspaces of cuBLAS and cuDNN
@@ -84,11 +84,22 @@ def held(chunks: tuple[Parameters, ...], mesh: Mesh, dtype: str, sharded: bool) 
     return Held(parameters=buffers * itemsize, gradients=buffers * GRADIENT, optimizer=shards * state)
 
 
+def held_by_policy(config: Config, hf: HFConfig, mesh: Mesh, stage: int) -> Held:
+    """Of the ranks of `stage`. Where adapters are trained only they have gradients and an optimizer."""
+    dtype, divisible_by = config.model.dtype, config.model.make_vocab_size_divisible_by
+    trained = trained_of_stage(hf, mesh, divisible_by, config.lora, stage)
+    found = held(trained, mesh, dtype, config.parallel.use_distributed_optimizer)
+    if config.lora.rank is None:
+        return found
+    frozen = sum(chunk.total for chunk in of_stage(hf, mesh, divisible_by, stage))
+    return replace(found, parameters=found.parameters + frozen * DTYPES[dtype].itemsize)
+
+
 def stage_memory(config: Config, hf: HFConfig, mesh: Mesh, work: Workload, stage: int, execution: Execution) -> StageMemory:
     """Of the ranks of `stage`, counted from 0."""
     model, parallel, itemsize = config.model, config.parallel, DTYPES[config.model.dtype].itemsize
     chunks = of_stage(hf, mesh, model.make_vocab_size_divisible_by, stage)
-    policy = held(chunks, mesh, model.dtype, parallel.use_distributed_optimizer)
+    policy = held_by_policy(config, hf, mesh, stage)
     layer = layer_bytes(hf, mesh, parallel, itemsize, imbalance(hf.num_experts or 1, mesh.ep, execution))
     tokens, layers = work.positions // mesh.cp, hf.num_hidden_layers // (mesh.pp * mesh.vpp)
     working = layer.whole - layer.kept + layer.mlp  # of the one layer: what is recomputed, and the gradients in its MLP
@@ -118,7 +129,8 @@ def _reference(
     if "ref_hidden" in work.phase.objective.needs and stage == mesh.pp - 1:
         positions = work.updates * work.microbatches * work.positions / mesh.cp
         found += positions * hf.hidden_size * itemsize / (mesh.tp if mesh.sequence_parallel else 1)
-        found += 0 if copied else _vocabulary(config, hf, mesh) * itemsize  # the reference's output layer, for the update
+        if not copied and config.lora.rank is None:  # with adapters it is the policy's
+            found += _vocabulary(config, hf, mesh) * itemsize  # the reference's output layer, for the update
     return found
 
 
@@ -132,7 +144,8 @@ def _head(config: Config, hf: HFConfig, mesh: Mesh, tokens: int, itemsize: int) 
     vocabulary = _vocabulary(config, hf, mesh)
     logits = 3 * 4 * tokens * vocabulary // hf.hidden_size  # fp32, their exponentials, their gradient
     slabs = logits if config.model.logprob_backend == "reference" else min(logits, 2 * config.model.logprob_chunk_bytes)
-    return tokens * hf.hidden_size * (2 * itemsize + 4) + vocabulary * itemsize + slabs
+    gradient = 0 if config.lora.rank is not None else vocabulary * itemsize
+    return tokens * hf.hidden_size * (2 * itemsize + 4) + gradient + slabs
 
 
 def _communication(hf: HFConfig, mesh: Mesh, tokens: int, itemsize: int) -> float:

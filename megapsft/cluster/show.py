@@ -12,11 +12,11 @@ from rich.table import Table
 
 from megapsft.cluster import efficiency
 from megapsft.cluster.estimate import Estimate, StepTime
-from megapsft.cluster.hardware import GB, GIB
 from megapsft.cluster.memory import ROWS, RUNTIME, USABLE
 from megapsft.cluster.propose import overrides
 from megapsft.cluster.workload import ASSUMED
 from megapsft.models.families import parameter_count
+from megapsft.platform.chips import GB, GIB
 
 MOST_COLUMNS = 4  # stages that are shown; those between are like their neighbours
 TIMES = tuple(field.name for field in fields(StepTime))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megapsft.models.families import family_of
+from megapsft.config import LoRAConfig
+from megapsft.models.adapters import trained_rules
+from megapsft.models.families import layer_rules
 from megapsft.models.hf_config import HFConfig
 from megapsft.models.parameters import Rule
 from megapsft.parallel import Mesh
@@ -54,21 +57,24 @@ class Parameters:
 @lru_cache(maxsize=4096)
 def of_layer(hf: HFConfig, tp: int, ep: int, etp: int) -> Parameters:
     """A decoder layer on one rank."""
+    return _on_rank(layer_rules(hf), tp, ep, etp)
+
+
+@lru_cache(maxsize=4096)
+def adapters_of_layer(hf: HFConfig, lora: LoRAConfig, tp: int, ep: int, etp: int) -> Parameters:
+    """The adapters beside a decoder layer, on one rank."""
+    return _on_rank(trained_rules(dataclasses.replace(hf, num_hidden_layers=1), lora), tp, ep, etp)
+
+
+def _on_rank(rules: Sequence[Rule], tp: int, ep: int, etp: int) -> Parameters:
     dense, experts = Numbers(), Numbers()
-    for rule in layer_rules(hf):
+    for rule in rules:
         if rule.expert:
             experts += of_tensor(local_size(rule, etp))
         else:
             dense += of_tensor(local_size(rule, tp))
     mine = Numbers(experts.plain // ep, experts.aligned // ep)  # all experts are alike
     return Parameters(dense, mine) if ep > 1 else Parameters(dense + mine, Numbers())
-
-
-@lru_cache(maxsize=64)
-def layer_rules(hf: HFConfig) -> tuple[Rule, ...]:
-    """The rules of the first layer; all layers are alike."""
-    rules = family_of(hf).parameters(dataclasses.replace(hf, num_hidden_layers=1))
-    return tuple(rule for rule in rules if ".layers." in rule.name)
 
 
 def local_size(rule: Rule, size: int) -> int:
@@ -97,18 +103,14 @@ def of_stage(hf: HFConfig, mesh: Mesh, divisible_by: int, stage: int) -> tuple[P
     return tuple(of_chunk(hf, mesh, divisible_by, stage, chunk) for chunk in range(mesh.vpp))
 
 
+def trained_of_stage(hf: HFConfig, mesh: Mesh, divisible_by: int, lora: LoRAConfig, stage: int) -> tuple[Parameters, ...]:
+    """What of the chunks of a pipeline stage is trained: all of it, or the adapters alone."""
+    if lora.rank is None:
+        return of_stage(hf, mesh, divisible_by, stage)
+    layer, layers = adapters_of_layer(hf, lora, mesh.tp, mesh.ep, mesh.etp), hf.num_hidden_layers // (mesh.pp * mesh.vpp)
+    return (Parameters(layer.dense * layers, layer.expert * layers),) * mesh.vpp
+
+
 def replicas(mesh: Mesh) -> tuple[int, int]:
     """Over how many ranks gradients are reduced: of what is not an expert, and of experts."""
     return mesh.dp * mesh.cp, mesh.world_size // (mesh.etp * mesh.ep * mesh.pp)
-
-
-@lru_cache(maxsize=64)
-def active_per_token(hf: HFConfig) -> tuple[int, int]:
-    """Weights of a layer that a token is multiplied with, over all ranks: outside of experts, and in the experts it goes to."""
-    dense, experts = 0, 0
-    for rule in layer_rules(hf):
-        if len(rule.shape) == 2 and rule.expert:
-            experts += math.prod(rule.whole)
-        elif len(rule.shape) == 2:
-            dense += math.prod(rule.whole)
-    return dense, experts * hf.num_experts_per_tok // hf.num_experts if hf.num_experts else 0

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megapsft.cluster.efficiency import LINK, Execution, imbalance
-from megapsft.cluster.hardware import GPU, Machines
+from megapsft.cluster.hardware import Machines
 from megapsft.cluster.memory import GRADIENT
 from megapsft.cluster.sizes import Parameters, replicas
 from megapsft.models.hf_config import HFConfig
 from megapsft.parallel import Mesh
+from megapsft.platform.chips import GPU
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import numpy as np
 from megapsft.data.rows import Prompt, Row
 from megapsft.errors import Refused
 
+MEDIA_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
+MEDIA_WORDS = ("<image>", "<video>")  # what many files of rows have where one of another column belongs
 ROWS_AT_ONCE = 1024  # handed to the tokenizer together: enough for its threads, and few enough that lists of ids stay small
 
 
@@ -23,16 +25,18 @@ class ChatTemplate:
     that a terminator inside a demonstration is refused.
     """
 
-    def __init__(self, tokenizer: Any, eos_token_ids: Sequence[int] = ()):
+    def __init__(self, tokenizer: Any, eos_token_ids: Sequence[int] = (), media_token_ids: Collection[int] = ()):
         """
         Args:
             tokenizer: a `transformers` tokenizer.
             eos_token_ids: of the model's generation_config.json.
+            media_token_ids: of the model's config.json: those that stand for an image or a video, which no text has.
 
         Raises:
             Refused: it has no chat template, or one that does not end an assistant turn with a special token.
         """
         self.tokenizer = tokenizer
+        self.media_token_ids = frozenset(media_token_ids)
         if tokenizer.chat_template is None:
             rule = f"the tokenizer in {tokenizer.name_or_path!r} has no chat template"
             raise Refused("chat_template=None", rule, "use an instruct model, or add a chat_template.jinja next to the tokenizer")
@@ -59,13 +63,22 @@ class ChatTemplate:
             raise Refused(at, f"has no readable tokenizer ({brief(error)})", remedy) from None
         if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # config.json alone loads as a tokenizer without words
             raise Refused(at, "has no tokenizer vocabulary", remedy)
-        return cls(tokenizer, eos_token_ids(Path(model_dir)))
+        return cls(tokenizer, eos_token_ids(Path(model_dir)), media_token_ids(Path(model_dir)))
 
     @property
     def pad_token_id(self) -> int:
         """What fills masked positions; any token of the vocabulary serves, so the terminator where the tokenizer names none."""
         pad = self.tokenizer.pad_token_id
         return self.terminator_id if pad is None else pad
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Tokens that no words become, ascending."""
+        return tuple(sorted(number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special))
+
+    def spell(self, ids: Sequence[int]) -> str:
+        """The text of the tokens, special ones spelt out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def render_prompt(self, prompt: Prompt, system_prompt: str | None = None) -> str:
         """The text of the prompt up to where the response begins.
@@ -108,12 +121,15 @@ class ChatTemplate:
         """The ids of each prompt, up to where the response begins, tokenised many at a time.
 
         Raises:
-            Refused: the template does not take the messages; names the source.
+            Refused: the template does not take the messages, or an image stands in them; names the source.
         """
         for start in range(0, len(prompts), ROWS_AT_ONCE):
             some = slice(start, start + ROWS_AT_ONCE)
             rows = zip(prompts[some], sources[some], strict=True)
-            yield from self._tokenise([self._render_at(source, prompt, system_prompt) for prompt, source in rows])
+            texts = [self._render_at(source, prompt, system_prompt) for prompt, source in rows]
+            for ids, text, source in zip(self.tokenise(texts), texts, sources[some], strict=True):
+                self.check_text(ids, source, text)
+                yield ids
 
     def encode_responses(
         self, responses: Sequence[str], sources: Sequence[str], finished: Sequence[bool] | None = None
@@ -121,14 +137,40 @@ class ChatTemplate:
         """The ids of each response with its terminator, or without where it is not `finished`; tokenised many at a time.
 
         Raises:
-            Refused: the terminator stands inside the response; names the source.
+            Refused: the terminator stands inside the response, or an image; names the source.
         """
         for start in range(0, len(responses), ROWS_AT_ONCE):
             some = slice(start, start + ROWS_AT_ONCE)
-            ids = self._tokenise(list(responses[some]))
+            ids = self.tokenise(list(responses[some]))
             ends = [True] * len(ids) if finished is None else finished[some]
             for response, source, end in zip(ids, sources[some], ends, strict=True):
+                self.check_text(response, source)
                 yield self._terminate(response, source, end)
+
+    def check_text(self, token_ids: Iterable[int], source: str, text: str = "") -> None:
+        """That nothing stands for an image or a video, where the model sees any: no token, and no word that rows have for one.
+
+        Raises:
+            Refused: something does; names the source.
+        """
+        if not self.media_token_ids:
+            return
+        found = self.tokenizer.convert_ids_to_tokens(sorted(self.media_token_ids.intersection(token_ids)))
+        found += [word for word in MEDIA_WORDS if word in text]
+        if found:
+            rule = f"holds {found[0]}, which stands for an image or a video, and text alone is trained"
+            raise Refused(source, rule, "leave the row out")
+
+    def tokenise(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, without further special tokens."""
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def tokenise_with_ends(self, texts: list[str]) -> tuple[list[list[int]], list[list[int]] | None]:
+        """`tokenise`, and of each token the index of its last character in the text; None where the tokenizer does not say."""
+        if not (texts and self.tokenizer.is_fast):
+            return self.tokenise(texts) if texts else [], None
+        found = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return found["input_ids"], [[max(end - 1, start) for start, end in spans] for spans in found["offset_mapping"]]
 
     def _render_at(self, source: str, prompt: Prompt, system_prompt: str | None) -> str:
         try:
@@ -143,9 +185,6 @@ class ChatTemplate:
             roles = ", ".join(message["role"] for message in messages)
             rule = f"are not taken by the chat template ({brief(error)})"
             raise Refused(f"turns [{roles}]", rule, "change the turns, data.system_prompt or the template") from None
-
-    def _tokenise(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _terminate(self, response: list[int], source: str, finished: bool) -> list[int]:
         """The ids of a response, ending with the terminator where it is finished; it is nowhere else."""
@@ -162,7 +201,7 @@ class ChatTemplate:
         words = "a sentence that no template holds"
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": words}]
         _, found, after = self._render(turns, add_generation_prompt=False).rpartition(words)
-        first = self._tokenise([after])[0][:1] if found else []
+        first = self.tokenise([after])[0][:1] if found else []
         added = self.tokenizer.added_tokens_decoder
         if not (first and first[0] in added and added[first[0]].special):
             rule = "must end an assistant turn with a special token, directly after its words"
@@ -184,6 +223,13 @@ def eos_token_ids(model_dir: Path) -> tuple[int, ...]:
         return () if found is None else tuple(map(int, found if isinstance(found, list) else [found]))
     except (ValueError, TypeError, AttributeError) as error:
         raise Refused(str(file), f"is not readable ({brief(error)})", "mend it, or take it away") from None
+
+
+def media_token_ids(model_dir: Path) -> frozenset[int]:
+    """Those that config.json names as standing for images and videos; none where the model does not see any."""
+    file = model_dir / "config.json"
+    config = json.loads(file.read_text()) if file.is_file() else {}
+    return frozenset(config[key] for key in MEDIA_TOKENS if isinstance(config.get(key), int))
 
 
 def brief(error: Exception) -> str:

@@ -55,6 +55,7 @@ def pack(
                 trained_tokens=int(sum(target.sum() for target in targets)),
                 forward_tokens=sum(len(plan.rows) * plan.length for share in plans for plan in share),
                 real_tokens=sum(len(sample) for sample in update),
+                squared_lengths=sum(len(sample) ** 2 for sample in update),
                 samples=len(update),
             )
         )

@@ -5,6 +5,7 @@ Made from the lengths alone, by every rank for all ranks, so that they agree wit
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ class Layout:
     context_parallel_size: int = 1
     tensor_parallel_size: int = 1
     sequence_parallel: bool = False  # cuts the positions of a rank once more, over tensor-parallel ranks
+    alignment: int = 1  # of the positions that a rank computes at once, B * S after all slicing (products in FP8)
     microbatch_multiple: int = 1  # of the number of microbatches of an update (interleaved pipelines)
     equal_lengths: bool = False  # all microbatches of an update have the same B and S (pipelines)
 
@@ -36,7 +38,8 @@ class Layout:
     @property
     def length_multiple(self) -> int:
         """S, before it is sliced, is a multiple of this."""
-        return self.sequence_multiple * (self.tensor_parallel_size if self.sequence_parallel else 1)
+        slices = self.tensor_parallel_size if self.sequence_parallel else 1
+        return slices * math.lcm(self.sequence_multiple, self.alignment * self.context_parallel_size)
 
     @property
     def count_multiple(self) -> int:

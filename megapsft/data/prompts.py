@@ -66,7 +66,7 @@ def load_prompts(config: DataConfig, template: ChatTemplate, vocab_size: int, ma
         raise Refused("data.overlong=truncate", rule, "use data.overlong=drop or error")
     columns = config.columns
     records = read_whole_records(config.path, columns, ("prompt",), ("reference", "demonstration"), config.limit)
-    rows = [_parse(record, columns, source) for source, record in records]
+    rows = [parse_problem(record, columns, source) for source, record in records]
     encoded = template.encode_prompts([row[0] for row in rows], [source for source, _ in records], config.system_prompt)
     shown = [(text, source) for (_, _, text), (source, _) in zip(rows, records, strict=True) if text is not None]
     responses = template.encode_responses([text for text, _ in shown], [f"{source}: demonstration" for _, source in shown])
@@ -102,7 +102,7 @@ def load_prompts(config: DataConfig, template: ChatTemplate, vocab_size: int, ma
     )
 
 
-def _parse(record: dict[str, Any], columns: ColumnsConfig, source: str) -> tuple[Prompt, str | None, str | None]:
+def parse_problem(record: dict[str, Any], columns: ColumnsConfig, source: str) -> tuple[Prompt, str | None, str | None]:
     """Prompt, reference and demonstration of a row."""
     check_columns(record, named(columns, ["prompt"]), source)
     prompt = parse_prompt(record[columns.prompt], f"{source}: column {columns.prompt!r}")

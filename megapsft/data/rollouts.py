@@ -73,7 +73,7 @@ def load_rollouts(config: DataConfig, template: ChatTemplate, vocab_size: int) -
     """
     check_selection(config)
     rows = read_rollouts(config)
-    check_token_ids(rows, vocab_size)
+    check_token_ids(rows, template, vocab_size)
     fitted = list(fit_rows(rows, config, template))
     groups = [row.group for row in fitted if row.group]
     check_not_empty(groups, config, len(rows), max(row.longest for row in fitted))
@@ -220,9 +220,11 @@ def check_response(rollout: Rollout, response: list[int]) -> None:
         raise Refused(rollout.source, rule, "record token_ids beside them: words alone may be tokenised otherwise")
 
 
-def check_token_ids(rows: list[RecordedPrompt], vocab_size: int) -> None:
-    """Refuses recorded token ids that the embedding does not have."""
+def check_token_ids(rows: list[RecordedPrompt], template: ChatTemplate, vocab_size: int) -> None:
+    """Refuses recorded token ids that the embedding does not have, and prompts with an image in them."""
     for row in rows:
+        if not is_text(row.prompt):
+            template.check_text(row.prompt, row.source)
         given = [(row.source, row.prompt)] if not is_text(row.prompt) else []
         given += [(r.source, r.response) for r in row.rollouts if not isinstance(r.response, str)]
         for source, ids in given:

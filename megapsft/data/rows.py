@@ -15,6 +15,7 @@ from megapsft.config import ColumnsConfig
 from megapsft.errors import Refused
 
 ROLES = ("system", "user", "assistant", "tool")
+MEDIA = ("image", "image_url", "input_image", "video", "video_url", "audio", "audio_url", "input_audio")  # parts of messages
 DEFAULTS = ColumnsConfig()
 
 Prompt = str | list[dict[str, Any]]  # a user turn, or chat messages [{"role": ..., "content": ...}]
@@ -224,10 +225,20 @@ def parse_message(message: Any, at: str) -> dict[str, Any]:
         raise Refused(at, f"is a {type(message).__name__}", 'write {"role": ..., "content": ...}')
     if message.get("role") not in ROLES:
         raise Refused(at, f"has role {message.get('role')!r}", f"use one of {', '.join(ROLES)}")
+    media = next(_media(message.get("content")), None)
+    if media is not None:
+        raise Refused(at, f"holds a part of type {media!r}, and text alone is trained", "leave the row out")
     if not isinstance(message.get("content"), str):
         raise Refused(at, f"has content of type {type(message.get('content')).__name__}", "write a string")
     check_unicode(message["content"], at)
     return {key: value for key, value in message.items() if value is not None}
+
+
+def _media(content: Any) -> Iterator[str]:
+    """Types of the parts of a message that are no text; Parquet has null for the keys that a part lacks."""
+    for part in content if isinstance(content, list) else ():
+        if isinstance(part, dict):
+            yield from (key for key in MEDIA if part.get("type") == key or part.get(key) is not None)
 
 
 def parse_logprobs(values: Any, at: str) -> np.ndarray:

@@ -13,7 +13,7 @@ from megapsft import parallel
 from megapsft.checkpoint.hf import import_hf, read_config
 from megapsft.config import ModelConfig, ParallelConfig, RolloutConfig
 from megapsft.errors import Refused
-from megapsft.models.families import family_of
+from megapsft.models.families import check_served, family_of
 from megapsft.parallel import plan_mesh
 from megapsft.platform.compat import hush
 from megapsft.platform.cpu import has_cuda
@@ -64,7 +64,7 @@ def open_engine(model: Path, options: RolloutConfig, dtype: Dtype, work: Path) -
         work: folder for what servers write.
 
     Raises:
-        Refused: a model that cannot be read, no SGLang, or a server that does not start.
+        Refused: a model that cannot be read, no SGLang, or a server that does not start or is not given such a model.
     """
     with ExitStack() as stack:
         if options.engine == "inprocess":
@@ -73,6 +73,7 @@ def open_engine(model: Path, options: RolloutConfig, dtype: Dtype, work: Path) -
             stack.callback(engine.close)
             yield Opened(engine, False, BATCHES * options.max_batch_size)
         else:
+            check_served(read_config(model), "--engine sglang")
             engine = SGLang(options, model, work=work, dtype=dtype)
             stack.callback(engine.close)
             yield Opened(engine, True, None)

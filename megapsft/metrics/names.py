@@ -5,6 +5,20 @@
 
 from __future__ import annotations
 
+PARTS: dict[str, str] = {  # of a step, as `megapsft.platform.clock.part` names them: wall-clock seconds on the first rank
+    "rollout_wait": "that training waited for rollouts and their scores",
+    "weight_update": "that the engine took to get the weights of the policy",
+    "data": "of packing",
+    "old_policy": "of passes of the old policy",
+    "reference": "of passes of the reference, weights swapped in and out included",
+    "critic": "of the critic: its values before the updates, and its own updates",
+    "totals": "of what an objective sums up before an update, with a pass of the policy where it needs entropies",
+    "forward_backward": "of training passes, with what ranks send to one another, the sum of gradients included",
+    "optimizer": "of the gradient's norm, clipping and the optimizer's step, until the metrics are read",
+    "checkpoint": "that training waited for checkpoints",
+    "evaluate": "of benchmarks; not in perf/seconds",
+}
+
 METRICS: dict[str, str] = {
     # what is minimised
     "train/loss": "sum of loss_weights * per-token loss over the update",
@@ -103,13 +117,16 @@ METRICS: dict[str, str] = {
     "rollout/mismatch_k3": "mean of exp(d) - d - 1 (the k3 estimate)",
     "rollout/mismatch_max": "largest |d|",
     "perf/rollout_seconds": "that sampling and scoring the step took, whenever it was done",
-    "perf/rollout_wait_seconds": "that training waited for them",
-    "perf/weight_update_seconds": "that the engine took to get the weights of the policy",
+    "perf/score_seconds": "of these, what scoring took; the others are of sampling",
     # how much went through
     "data/trained_tokens": "tokens with a loss",
     "data/real_tokens": "positions that are not padding",
     "data/samples": "samples",
     "perf/tokens_per_second": "real tokens a second over all ranks",
     "perf/seconds": "wall-clock seconds",
+    "perf/model_flops": "FLOP that training on the samples takes, all ranks: nothing twice, no padding, no old policy",
+    "perf/tflops_per_device": "of these, 1e12 a second and rank",
+    "perf/mfu": "the same over the peak of the device in bfloat16 (log.peak_flops), where that is known",
     "perf/memory_bytes": "of a step: most bytes that any rank has held so far; on a GPU allocated by torch, else resident",
+    **{f"perf/{name}_seconds": text for name, text in PARTS.items()},
 }

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from megapsft.config import LoRAConfig
 from megapsft.errors import Refused
 from megapsft.models.families import family_of
 from megapsft.models.hf_config import HFConfig
@@ -71,6 +72,14 @@ def adapter_rules(hf: HFConfig, ranks: Mapping[str, int]) -> tuple[Rule, ...]:
         rule = f"has adapters for {', '.join(unknown[:SHOWN])}, which are not projections of {hf.architecture}"
         raise Refused("adapter", rule, "merge the adapter")
     return tuple(rule for module, layer in linear.items() if module in ranks for rule in layer.rules(ranks[module]))
+
+
+def trained_rules(hf: HFConfig, lora: LoRAConfig) -> tuple[Rule, ...]:
+    """The rules of the adapters that `lora` trains: the same rank in every layer and every expert; () where there are none."""
+    if lora.rank is None:
+        return ()
+    modules = (layer.module for layer in _linear_layers(hf))
+    return adapter_rules(hf, {name: lora.rank for name in modules if name.rpartition(".")[2] in lora.target_modules})
 
 
 def adapter_places(rules: Sequence[Rule], hf: HFConfig) -> dict[str, Place]:

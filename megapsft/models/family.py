@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from megapsft.errors import Refused
 from megapsft.models.hf_config import HFConfig
-from megapsft.models.names import EMBEDDING, HF_EMBEDDING, HF_OUTPUT, OUTPUT
+from megapsft.models.names import EMBEDDING, HF_EMBEDDING, HF_OUTPUT, OUTPUT, Spelling
 from megapsft.models.parameters import QKV, GatedMLP, Replicated, RowParallel, Rule, Vocab, expand
 
 LAYER = "decoder.layers.{layer}"
@@ -22,6 +22,10 @@ class Family(ABC):
     architecture: ClassVar[str]  # exactly architectures[0] of config.json
     qk_layernorm: ClassVar[bool] = False  # RMSNorm of each head's query and key
     qkv_bias: ClassVar[bool] = False
+    mrope: ClassVar[bool] = False  # positions have a time, a height and a width, which are one number in text
+    carried: ClassVar[str | None] = None  # beginning of the names of tensors that no rule has, and that are kept as they are
+    spelling: ClassVar[Spelling] = Spelling()  # that files may have instead of the one here
+    served: ClassVar[bool] = True  # whether SGLang's servers are given its weights
 
     @abstractmethod
     def check(self, hf: HFConfig) -> None:

@@ -12,6 +12,14 @@ from typing import Any, Literal
 from megapsft.errors import Refused
 
 ROPE_TYPES = ("default", "linear", "llama3")
+MROPE = "mrope"  # what transformers 4 calls the default one where it has a mrope_section
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+TEXT = "text_config"  # where transformers 5 describes the language model of one that sees images; 4 did in the file itself
+OF_TEXT = (  # what may be said in both places, and must be the same then
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "rms_norm_eps", "max_position_embeddings", "rope_theta", "hidden_act", "attention_dropout",
+    "use_sliding_window",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +32,7 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    mrope_section: tuple[int, ...] | None = None  # pairs of dimensions that turn with a position's time, height and width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +69,7 @@ class HFConfig:
                 wrongly: unknown rope type, attention dropout, sliding windows, another activation, weights that are
                 quantised otherwise than to FP8 in blocks.
         """
+        whole, raw = raw, _text(raw)
         architectures = raw.get("architectures")
         if not architectures:
             raise Refused("config.json: architectures", "is missing or empty", 'add it, such as ["Qwen3ForCausalLM"]')
@@ -89,24 +99,53 @@ class HFConfig:
             moe_intermediate_size=_need(raw, "moe_intermediate_size") if num_experts else None,
             norm_topk_prob=bool(raw.get("norm_topk_prob")),
             fp8_block=_fp8_block(raw.get("quantization_config")),
-            raw=dict(raw),
+            raw=dict(whole),
         )
 
 
 def both_spellings(raw: Mapping[str, Any]) -> dict[str, Any]:
     """`raw` with what only one of transformers 4 and 5 would understand written for the other too."""
     both = dict(raw)
-    scaling = {key: value for key, value in _scaling(raw).items() if key not in ("type", "rope_theta")}
-    kind = _rope_type(_scaling(raw))
-    theta = _theta(raw)
-    both["rope_theta"] = theta
-    both["rope_scaling"] = None if kind == "default" else {**scaling, "rope_type": kind}
-    both["rope_parameters"] = {**scaling, "rope_type": kind, "rope_theta": theta}
+    text = _text(raw)
+    scaling = {key: value for key, value in _scaling(text).items() if key not in ("type", "rope_theta")}
+    kind = _rope_type(_scaling(text))
+    theta = _theta(text)
+    scaled = kind != "default" or "mrope_section" in scaling
+    rope = {
+        "rope_theta": theta,
+        "rope_scaling": {**scaling, "rope_type": kind} if scaled else None,
+        "rope_parameters": {**scaling, "rope_type": kind, "rope_theta": theta},
+    }
+    if raw.get(TEXT):
+        both[TEXT] = {**raw[TEXT], **rope}
+    else:
+        both |= rope
     for new, old in (("dtype", "torch_dtype"), ("num_local_experts", "num_experts")):
         value = _same(raw, new, old)
         if value is not None:
             both[new] = both[old] = value
     return both
+
+
+def _text(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config.json says of the language model: all of it, or what it has in `text_config` with what is said of both."""
+    text = raw.get(TEXT)
+    if not text:
+        return raw
+    if not isinstance(text, Mapping):
+        raise Refused(f"config.json: {TEXT}={text!r}", "must be an object", "download config.json again")
+    for key in OF_TEXT:
+        _same({key: raw.get(key), f"{TEXT}.{key}": text.get(key)}, key, f"{TEXT}.{key}")
+    of_both = {
+        "architectures": raw.get("architectures"),
+        "quantization_config": raw.get("quantization_config"),
+        # transformers 5 looks at the file itself, and where that says no, at what transformers 4 wrote inside
+        "tie_word_embeddings": bool(raw.get("tie_word_embeddings")) or bool(text.get("tie_word_embeddings")),
+    }
+    dtype = _same(raw, "dtype", "torch_dtype")
+    if dtype is not None:
+        of_both |= {"dtype": dtype, "torch_dtype": dtype}
+    return {**text, **of_both}
 
 
 def _check_supported(raw: Mapping[str, Any]) -> None:
@@ -166,14 +205,20 @@ def _rope(raw: Mapping[str, Any]) -> Rope:
     if partial not in (None, 1, 1.0):
         rule = "must be 1: every dimension of a head is rotated here"
         raise Refused(f"config.json: partial_rotary_factor={partial}", rule, "use a model that rotates whole heads")
+    section = scaling.get("mrope_section")
+    if MROPE in (scaling.get("type"), scaling.get("rope_type")) and section is None:
+        raise Refused("config.json: mrope_section of rope type 'mrope'", "is missing", "download config.json again")
+    if section is not None and (not isinstance(section, list) or any(type(pairs) is not int for pairs in section)):
+        raise Refused(f"config.json: mrope_section={section!r}", "must be a list of numbers", "download config.json again")
+    section = None if section is None else tuple(section)
     if kind == "default":
-        return Rope(theta=theta)
-    keys = ("factor",) if kind == "linear" else tuple(Rope.__dataclass_fields__)[2:]
+        return Rope(theta=theta, mrope_section=section)
+    keys = ("factor",) if kind == "linear" else LLAMA3
     missing = [key for key in keys if scaling.get(key) is None]
     if missing:
         value = f"config.json: {missing[0]} of rope type {kind!r}"
         raise Refused(value, "is missing", "add it to rope_scaling or rope_parameters")
-    return Rope(theta=theta, type=kind, **{key: scaling[key] for key in keys})
+    return Rope(theta=theta, type=kind, mrope_section=section, **{key: scaling[key] for key in keys})
 
 
 def _theta(raw: Mapping[str, Any]) -> float:
@@ -202,4 +247,5 @@ def _plain(scaling: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope_type(scaling: Mapping[str, Any]) -> str:
-    return scaling.get("rope_type") or scaling.get("type") or "default"
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    return "default" if kind == MROPE else kind

@@ -1,4 +1,4 @@
-"""Which modules a transformer layer is made of: Transformer Engine's where it and CUDA are there, Megatron's local ones else.
+"""Which modules a transformer layer is made of: Transformer Engine's or Megatron's local ones, as `transformer_impl` says.
 
 Both spell their checkpoints alike: a run may be trained on one kind of machine and continued on the other.
 """
@@ -19,7 +19,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megapsft.models.attention import SDPAttention
 from megapsft.models.router import Router
-from megapsft.platform.compat import have_transformer_engine
 
 
 class Norm:
@@ -38,7 +37,7 @@ class Norm:
 
 def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> ModuleSpec | TransformerBlockSubmodules:
     """The layers that this rank's (virtual) pipeline stage builds."""
-    if have_transformer_engine():
+    if config.transformer_impl == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,

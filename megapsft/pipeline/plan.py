@@ -17,7 +17,7 @@ from megapsft.evaluate.benchmark import load_benchmark
 from megapsft.evaluate.evaluation import Task, check_tasks, plan_task
 from megapsft.parallel import smallest_world
 from megapsft.pipeline.config import PipelineConfig, stage_config
-from megapsft.report.hand_off import need_matplotlib
+from megapsft.report.picture import need_matplotlib
 from megapsft.rewards.registry import build_reward
 from megapsft.train.plan import RunPlan, plan_run
 
@@ -138,7 +138,7 @@ def _tasks(pipeline: PipelineConfig, template: ChatTemplate) -> tuple[Task, ...]
     options, model = pipeline.compare, Path(pipeline.model)
     if not options.data:
         return ()
-    need_matplotlib()
+    need_matplotlib("compare", without="leave compare out")
     rewards = [{"name": options.reward}]
     _, reward = build_reward(rewards[0])
     tasks = []

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from megapsft.platform.cpu import has_cuda
 
+def fusions() -> dict[str, bool]:
+    """Keyword arguments of TransformerConfig for the kernels of Transformer Engine that Megatron found in the version there is.
 
-def have_transformer_engine() -> bool:
-    """Whether layers come from Transformer Engine: it is installed and there is a CUDA device for it."""
-    if not has_cuda():
-        return False
-    from megatron.core.extensions import transformer_engine
+    Rotary embeddings of packed rows, without which each layer waits for the host; the permutation of tokens to their experts.
+    """
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.transformer.moe import moe_utils
 
-    return bool(transformer_engine.HAVE_TE)
+    return dict(
+        apply_rope_fusion=getattr(rope_utils, "fused_apply_rotary_pos_emb_thd", None) is not None,
+        moe_permute_fusion=getattr(moe_utils, "fused_permute_with_probs", None) is not None,
+    )
 
 
 def hush() -> None:
@@ -23,6 +29,20 @@ def hush() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*load_state_dict. is deprecated")
     warnings.filterwarnings("ignore", message="full scope is deprecated|.*CUDA_DEVICE_MAX_CONNECTIONS")
+
+
+@contextmanager
+def transformer_engine_states() -> Iterator[None]:
+    """Let Transformer Engine (2.17 and newer) unpickle states of its layers inside of the context: what holds nothing harmful."""
+    name = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def save_checkpoint(sharded_state_dict: dict, path: str, **options: Any) -> Any:

@@ -22,6 +22,8 @@ import types
 import warnings
 from pathlib import Path
 
+from megapsft.platform.apex import hide_other_apex
+
 PREFIX = "megatron."
 STANDIN = "_cuda_standin"  # the name under which rewritten modules find the stand-in
 
@@ -116,6 +118,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
         with warnings.catch_warnings():  # "Apex is not installed": known, and no news without a GPU
             warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
             warnings.filterwarnings("ignore", category=DeprecationWarning)  # of Megatron's own modules among themselves
+            warnings.filterwarnings("ignore", category=SyntaxWarning)  # of escapes in its strings, from Python 3.12 on
             super().exec_module(module)
         if module.__name__ == "megatron.core.jit":
             module.disable_jit_fuser()  # torch.compile needs a C++ compiler and costs more than it gives here
@@ -150,13 +153,14 @@ def has_cuda() -> bool:
 
 
 def install() -> None:
-    """Put the hook in place, once.
+    """Put the hook in place, once, and an `apex` that is not NVIDIA's out of Megatron's way.
 
     Raises:
         ImportError: megatron was imported before, untouched, on a machine without CUDA.
     """
     if _Finder in sys.meta_path:
         return
+    hide_other_apex()
     if any(name.startswith("megatron.core") for name in sys.modules) and not has_cuda():
         raise ImportError("megapsft must be imported before megatron on a machine without CUDA; move `import megapsft` up")
     sys.meta_path.insert(0, _Finder)

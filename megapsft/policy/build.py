@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -18,11 +21,13 @@ from megapsft.models.hf_config import HFConfig
 from megapsft.models.layer_spec import layer_spec
 from megapsft.models.rope import inverse_frequencies
 from megapsft.parallel import Mesh, ModelShape
-from megapsft.platform.compat import have_transformer_engine
+from megapsft.platform.compat import fusions
+from megapsft.platform.machine import layers_of, this_machine
 from megapsft.policy.backend import working_backend
 from megapsft.policy.vocab_parallel import LogprobHead
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NO_FP8 = FP8Config()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,11 @@ class Policy:
     @property
     def device(self) -> torch.device:
         return next(self.chunks[0].parameters()).device
+
+    @property
+    def frozen(self) -> bool:
+        """Whether its weights stay as they are, and adapters beside them are trained."""
+        return getattr(self.gpt_models()[0], "lora", None) is not None
 
     def gpt_models(self) -> list[GPTModel]:
         return [unwrap(chunk) for chunk in self.chunks]
@@ -85,12 +95,17 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:
 
 
 def transformer_config(
-    family: Family, hf: HFConfig, model: ModelConfig, parallel: ParallelConfig, mesh: Mesh, fp8: FP8Config | None = None
+    family: Family, hf: HFConfig, model: ModelConfig, parallel: ParallelConfig, mesh: Mesh, fp8: FP8Config = NO_FP8
 ) -> TransformerConfig:
-    """Megatron's config: the family's architecture, the mesh's split, and our numerics."""
-    dtype = DTYPES[model.dtype]
+    """Megatron's config: the family's architecture, the mesh's split, whose layers, and our numerics.
+
+    Raises:
+        Refused: layers of Transformer Engine are asked for, and cannot be.
+    """
+    dtype, layers = DTYPES[model.dtype], layers_of(model, this_machine())
     options = dict(
         family.transformer_config(hf),
+        transformer_impl=layers,
         tensor_model_parallel_size=mesh.tp,
         pipeline_model_parallel_size=mesh.pp,
         virtual_pipeline_model_parallel_size=mesh.vpp if mesh.vpp > 1 else None,
@@ -110,16 +125,18 @@ def transformer_config(
         perform_initialization=True,
         use_cpu_initialization=not torch.cuda.is_available(),
         attention_softmax_in_fp32=True,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,  # there is neither bias nor dropout
+        masked_softmax_fusion=False,  # of Megatron's own attention, which is not used
+        gradient_accumulation_fusion=False,  # Megatron's would need apex for the output layer; `distribute` sets the layers'
     )
-    if fp8 is not None and fp8.format is not None:
-        options |= dict(fp8=fp8.format, fp8_recipe=fp8.recipe)
+    if layers == "transformer_engine":
+        options |= dict(fusions(), bias_activation_fusion=True)
+    if fp8.format is not None:
+        options |= fp8_options(fp8)
     if hf.num_experts:
         options |= dict(
             moe_token_dispatcher_type=model.moe_token_dispatcher_type,
-            moe_grouped_gemm=have_transformer_engine(),
+            moe_grouped_gemm=layers == "transformer_engine",
             # Megatron's would be scaled by 1 / (tp cp) with calculate_per_token_loss, and count padding; ours: models/router.py
             moe_router_load_balancing_type="none",
             moe_aux_loss_coeff=model.moe_aux_loss_coeff,
@@ -129,6 +146,21 @@ def transformer_config(
     elif parallel.recompute_granularity == "selective":
         options |= dict(recompute_granularity="selective", recompute_modules=list(parallel.recompute_modules))
     return TransformerConfig(**options)
+
+
+def fp8_options(fp8: FP8Config) -> dict[str, Any]:
+    """Megatron's keyword arguments for products in FP8."""
+    start, end = fp8.num_layers_at_start_in_bf16, fp8.num_layers_at_end_in_bf16
+    return dict(
+        fp8=fp8.format,
+        fp8_recipe=fp8.recipe,
+        fp8_param=fp8.param_gather,
+        first_last_layers_bf16=start + end > 0,
+        num_layers_at_start_in_bf16=start,
+        num_layers_at_end_in_bf16=end,
+        fp8_amax_history_len=fp8.amax_history_len,
+        fp8_amax_compute_algo=fp8.amax_compute_algo,
+    )
 
 
 def build_chunks(config: TransformerConfig, hf: HFConfig, model: ModelConfig, mesh: Mesh) -> list[GPTModel]:
@@ -169,16 +201,28 @@ def distribute(chunks: list[GPTModel], config: TransformerConfig, parallel: Para
     chunks = half(chunks, config)
     options = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
+        overlap_grad_reduce=bool(parallel.overlap_grad_reduce),
+        overlap_param_gather=bool(parallel.overlap_param_gather),
         use_distributed_optimizer=parallel.use_distributed_optimizer,
+        fp8_param_gather=config.fp8_param,
     )
     wrapped = [
         DistributedDataParallel(config, options, chunk, disable_bucketing=index > 0) for index, chunk in enumerate(chunks)
     ]
+    for module in (module for chunk in chunks for module in chunk.modules() if hasattr(module, "fuse_wgrad_accumulation")):
+        module.fuse_wgrad_accumulation = True  # Transformer Engine's: into the fp32 `main_grad`, now that it is there
     config.finalize_model_grads_func = finalize_model_grads
     if parallel.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in wrapped]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
 
+
+@contextmanager
+def without_fp8(config: TransformerConfig) -> Iterator[None]:
+    """Products of layers in bfloat16 inside of the context, whatever their number of tokens."""
+    recipe, config.fp8 = config.fp8, None
+    try:
+        yield
+    finally:
+        config.fp8 = recipe

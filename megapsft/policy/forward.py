@@ -19,6 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megapsft.models.router import BalanceLoss, routed
+from megapsft.platform.ranges import span
 from megapsft.policy.build import Policy, unwrap
 from megapsft.policy.merge import merge, split
 from megapsft.policy.routing import cut_routing
@@ -138,7 +139,7 @@ def _schedule(
         gpt = unwrap(model)
         if gpt.post_process and head is not None:
             gpt.output_layer.request = head.request(microbatch, policy.temperature)
-        with routed(gpt, microbatch, balance=balance, record=record):
+        with span("microbatch"), routed(gpt, microbatch, balance=balance, record=record):
             output = model(
                 microbatch.token_ids, microbatch.position_ids, None, packed_seq_params=_packed_seq_params(microbatch)
             )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megapsft.errors import Refused
 from megapsft.models.kv_cache import KVCache
-from megapsft.policy.build import Policy
+from megapsft.policy.build import Policy, without_fp8
 from megapsft.policy.draw import draw, sample_key
 from megapsft.rollout.base import FinishReason, Request, Rollout, Sampling
 
@@ -86,7 +86,7 @@ class InProcess:
         responses = [self._response(request, sampling) for request in self._share(requests)]
         order = {context: place for place, context in enumerate(dict.fromkeys(r.context for r in responses))}
         batch = _Batch(self, sampling, sorted(responses, key=lambda response: order[response.context]))
-        with _sampling(self.policy):
+        with _sampling(self.policy), without_fp8(self.policy.config):  # a token at a time is no shape for FP8
             while batch.waiting or batch.active:
                 batch.advance()
             while size := self._size(0):  # others are not done yet

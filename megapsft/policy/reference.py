@@ -2,6 +2,8 @@
 
     copy   a second model beside the first: no time, its weights once more in device memory
     swap   the weights in host memory, exchanged with the policy's for each pass: no device memory, but time to copy them
+
+Where adapters are trained, only they are kept and exchanged: what they are beside is the policy's.
 """
 
 from __future__ import annotations
@@ -42,12 +44,12 @@ class Swapped:
     def take(self, policy: Policy) -> None:
         _gather(policy)
         pin = torch.cuda.is_available()
-        self._aside = [_host(parameter, pin) for parameter in _parameters(policy.gpt_models())]
+        self._aside = [_host(parameter, pin) for parameter in _trained(policy.gpt_models())]
 
     @torch.no_grad()
     def give_back(self, policy: Policy) -> None:
         """Make `policy` what it was when it was taken."""
-        for parameter, aside in zip(_parameters(policy.gpt_models()), self._aside, strict=True):
+        for parameter, aside in zip(_trained(policy.gpt_models()), self._aside, strict=True):
             parameter.copy_(aside)
 
     @contextlib.contextmanager
@@ -60,12 +62,12 @@ class Swapped:
 
     def output_weight(self, policy: Policy) -> Tensor | None:
         weight = policy.output_weight()
-        kept = zip(_parameters(policy.gpt_models()), self._aside, strict=True)
-        return next((aside.to(weight.device) for parameter, aside in kept if parameter is weight), None)
+        kept = zip(_trained(policy.gpt_models()), self._aside, strict=True)
+        return next((aside.to(weight.device) for parameter, aside in kept if parameter is weight), weight)
 
     @torch.no_grad()
     def _exchange(self, policy: Policy) -> None:
-        for parameter, aside in zip(_parameters(policy.gpt_models()), self._aside, strict=True):
+        for parameter, aside in zip(_trained(policy.gpt_models()), self._aside, strict=True):
             mine = parameter.detach().to(aside.device, copy=True)
             parameter.copy_(aside)
             aside.copy_(mine)
@@ -107,6 +109,10 @@ def _gather(policy: Policy) -> None:
 
 def _parameters(models: Sequence[GPTModel]) -> list[torch.nn.Parameter]:
     return [parameter for model in models for parameter in unwrap(model).parameters()]
+
+
+def _trained(models: Sequence[GPTModel]) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in _parameters(models) if parameter.requires_grad]
 
 
 def _host(parameter: Tensor, pin: bool) -> Tensor:

@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from megapsft.errors import Refused
+from megapsft.platform.ranges import span
 from megapsft.policy.backend import Backend, kernels
 from megapsft.policy.head import reference
 from megapsft.policy.head.chunked import Slabs, Vocabulary
@@ -99,6 +100,7 @@ class LogprobHead(ColumnParallelLinear):
         return copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
 
 
+@span("head")
 def vocab_parallel_logprobs(
     hidden: Tensor,
     weight: Tensor,

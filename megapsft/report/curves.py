@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from megapsft.errors import Refused
 from megapsft.metrics.records import read_records
 from megapsft.report.phases import phases
+from megapsft.report.picture import LINES, need_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +24,6 @@ PANELS = (  # key, title, logarithmic; in the order of the grid
     ("train/grad_norm", "Gradient norm", True),
     ("train/lr", "Learning rate", True),
 )
-LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # told apart by the colour-blind too
 WARMUP_SHADE = "#f3e9d2"
 
 
@@ -40,12 +40,11 @@ def draw_curves(runs: Mapping[str, str | Path], out_png: str | Path) -> None:
     Raises:
         Refused: no runs, no such file, no records, or matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
-    except ImportError as error:
-        raise Refused("curves", f"need matplotlib ({error})", "pip install 'megapsft[report]'") from None
+    need_matplotlib("curves")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
+
     if not runs:
         raise Refused("curves", "need at least one run", "name a metrics.jsonl")
     loaded = {label: read_records(path) for label, path in runs.items()}

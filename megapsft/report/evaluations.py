@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megapsft.errors import Refused
-from megapsft.report.curves import LINES
+from megapsft.report.picture import LINES, need_matplotlib
 
 Point = tuple[float, float, float]  # step, value, its standard error
 
@@ -21,11 +21,10 @@ def draw_evaluations(runs: Mapping[str, Sequence[Point]], quantity: str, out_png
     Raises:
         Refused: no runs, a run without points, or matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise Refused("the picture", f"needs matplotlib ({error})", "pip install 'megapsft[report]'") from None
+    need_matplotlib("the picture")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     if not runs or not all(runs.values()):
         raise Refused("the picture", "needs runs, each with a point at least", "set evaluate.data before they are trained")
     figure = Figure(figsize=(7, 4.2), layout="constrained")

@@ -13,24 +13,11 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from megapsft.errors import Refused
+from megapsft.report.picture import LINES
 
 NAME = "hand-off"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # told apart by the colour-blind too
 
 Row = Mapping[str, Any]  # of one stage and one benchmark, as megapsft/pipeline/measure.py says
-
-
-def need_matplotlib() -> None:
-    """Refuse before anything is trained what could not be drawn afterwards.
-
-    Raises:
-        Refused: matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise Refused("compare", f"needs matplotlib ({error})", "pip install 'megapsft[report]', or leave compare out") from None
 
 
 def write_hand_off(rows: Sequence[Row], folder: Path) -> None:
@@ -121,7 +108,7 @@ def draw_hand_off(rows: Sequence[Row], out_png: Path) -> None:
         for number, benchmark in enumerate(benchmarks):
             own = [row for row in rows if row["benchmark"] == benchmark and row.get(key) is not None]
             errors = [row.get(f"{key}_se") or 0.0 for row in own]
-            style = {"color": COLOURS[number % len(COLOURS)], "marker": "o", "linewidth": 1.6, "capsize": 3}
+            style = {"color": LINES[number % len(LINES)], "marker": "o", "linewidth": 1.6, "capsize": 3}
             axes.errorbar([row["stage"] for row in own], [row[key] for row in own], yerr=errors, label=benchmark, **style)
         axes.tick_params(labelsize=9)
     for axes in grid[len(titles) :]:

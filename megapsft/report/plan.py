@@ -10,7 +10,7 @@ from megapsft.models.families import parameter_count
 from megapsft.policy.backend import choose_backend
 from megapsft.policy.build import padded_vocab_size
 from megapsft.train.optimizer import learning_rate
-from megapsft.train.plan import RunPlan, to_yaml
+from megapsft.train.plan import RunPlan, run_folder, to_yaml
 
 UNITS = {  # of a step, by data.kind
     "demonstrations": "samples",
@@ -67,6 +67,7 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
              f"{plan.steps * config.train.batch_size / len(data.groups):.2f} epochs"),
         ("rollouts", rollouts_text(config)) if config.data.kind == "prompts" else ("an update", update_text(plan)),
         ("learning rate", rates),
+        *([("profile", profile_text(plan))] if config.profile.steps else []),
     ]  # fmt: skip
 
 
@@ -80,6 +81,15 @@ def update_text(plan: RunPlan) -> str:
         f"{len(update[0])} microbatches on each of {plan.mesh.dp} data-parallel rank(s), up to {longest} positions, "
         f"{filled:.1%} of {positions:,} positions filled"
     )
+
+
+def profile_text(plan: RunPlan) -> str:
+    """Which steps are watched, on which ranks, and where that goes."""
+    profile = plan.config.profile
+    first, last = profile.steps
+    ranks = f"rank(s) {', '.join(map(str, profile.ranks))}" if profile.ranks else "all ranks"
+    what = "ranges for nsys" if profile.tool == "nsys" else f"traces in {run_folder(plan.config) / 'profile'}"
+    return f"steps {first} to {last} of {ranks}: {what}"
 
 
 def rollouts_text(config: Config) -> str:

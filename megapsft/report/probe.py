@@ -11,8 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megapsft.errors import Refused
-from megapsft.report.curves import LINES
+from megapsft.report.picture import LINES
 from megapsft.train.noise import QUANTILES, Floor, Row
 from megapsft.train.plan import RunPlan
 from megapsft.train.precision import Precision
@@ -187,18 +186,6 @@ def _precision_json(precision: Precision) -> dict[str, Any]:
     return found
 
 
-def need_matplotlib() -> None:
-    """Refuse before anything is measured what could not be drawn afterwards.
-
-    Raises:
-        Refused: matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise Refused("--plot", f"needs matplotlib ({error})", "pip install 'megapsft[report]', or leave --plot out") from None
-
-
 def draw_probe(probe: Probe, plan: RunPlan, out_png: Path) -> None:
     """For every row the share of ratios that are further from 1 than x, over x, both logarithmic; the clip range is marked.
 
@@ -285,7 +272,6 @@ def _number(size: float) -> str:
 __all__ = [
     "at_the_gate",
     "draw_probe",
-    "need_matplotlib",
     "precision_table",
     "probe_table",
     "show_probe",

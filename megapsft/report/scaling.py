@@ -13,13 +13,12 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from megapsft.errors import Refused
+from megapsft.report.picture import LINES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 REPORT, PICTURE = "report", "scaling.png"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # told apart by the colour-blind too
 MARKERS = "osD^vP"
 GIB = 2**30
 WORDS = ("split", "state", "why")  # columns without numbers
@@ -32,18 +31,6 @@ PANELS = (  # key, title, unit, how much of the value it is, logarithmic
 )
 
 Row = Mapping[str, Any]  # of one point, as megapsft/cluster/sweep/measure.py says
-
-
-def need_matplotlib() -> None:
-    """Refuse before anything is submitted what could not be drawn afterwards.
-
-    Raises:
-        Refused: matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise Refused("sweep", f"needs matplotlib ({error})", "pip install 'megapsft[report]'") from None
 
 
 def show_scaling(rows: Sequence[Row]) -> None:
@@ -173,7 +160,7 @@ def draw_scaling(rows: Sequence[Row], out_png: Path) -> None:
 def _draw_panel(axes: Axes, rows: Sequence[Row], key: str, size: float) -> None:
     for number, split in enumerate(dict.fromkeys(row["split"] for row in rows)):
         own = [row for row in rows if row["split"] == split]
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        colour, marker = LINES[number % len(LINES)], MARKERS[number % len(MARKERS)]
         name = split or "measured"
         for kind, style in (
             ("measured", {"linewidth": 1.8, "label": name}),

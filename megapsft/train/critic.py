@@ -14,11 +14,12 @@ from torch import Tensor
 
 from megapsft.advantages.gae import gae, whiten
 from megapsft.metrics.reduce import Reduction
+from megapsft.platform.clock import part
 from megapsft.policy.build import Policy
 from megapsft.policy.constants import without_routing
 from megapsft.policy.forward import evaluate
 from megapsft.policy.per_sample import at_positions, gather_samples
-from megapsft.train.update import Report, descend
+from megapsft.train.update import Report, descend, flops_of
 from megapsft.types import AdvantageOptions, Microbatch, Minibatch, Objective, TrainBatch
 
 
@@ -37,6 +38,10 @@ class Critic:
         """
         if not batch.minibatches:
             return batch
+        with part("critic"):
+            return self._with_values(batch, objective)
+
+    def _with_values(self, batch: TrainBatch, objective: Objective) -> TrainBatch:
         values = [[o[..., 0] for o in evaluate(self.policy, without_routing(m), None)] for m in batch.minibatches]
         has_head = self.policy.head() is not None
         device = self.policy.device
@@ -67,6 +72,10 @@ class Critic:
 
     def update(self, objective: Objective, minibatch: Minibatch, report: Report) -> Report:
         """Collective. One update of the value function; the report of the policy's update with that of its own."""
+        with part("critic"):
+            return self._update(objective, minibatch, report)
+
+    def _update(self, objective: Objective, minibatch: Minibatch, report: Report) -> Report:
         reduction = Reduction(objective.value_metrics, self.policy.device)
 
         def consume(output: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
@@ -82,6 +91,7 @@ class Critic:
             "critic/loss": done.loss,
             "critic/grad_norm": done.grad_norm,
             "critic/explained_variance": objective.explained_variance(metrics),
+            "perf/model_flops": report.metrics["perf/model_flops"] + flops_of(self.policy, minibatch, head=False),
         }
         return Report(report.metrics | metrics, report.skipped or (f"critic: {done.skipped}" if done.skipped else None))
 

@@ -28,7 +28,8 @@ def build_optimizer(config: OptimizerConfig, parallel: ParallelConfig, policy: P
         bf16=policy.config.bf16,
         params_dtype=policy.config.params_dtype,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
-        overlap_param_gather=parallel.overlap_param_gather,
+        overlap_param_gather=bool(parallel.overlap_param_gather),
+        fp8_recipe=policy.config.fp8_recipe if policy.config.fp8 else None,
     )
     optimizer = get_megatron_optimizer(options, policy.chunks)
     for group in optimizer.param_groups:  # Megatron leaves this to its scheduler, which we do not have

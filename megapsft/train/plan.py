@@ -9,9 +9,10 @@ from pathlib import Path
 
 import yaml
 
+from megapsft.checkpoint.adapters import BASE, check_base, identity
 from megapsft.checkpoint.dist import check_architecture, latest, read_state, shape_of
 from megapsft.checkpoint.hf import check_checkpoint, read_config
-from megapsft.config import Config, CriticConfig, ReferenceConfig, TrainConfig, flatten, load_config, to_dict
+from megapsft.config import Config, CriticConfig, LoRAConfig, ReferenceConfig, TrainConfig, flatten, load_config, to_dict
 from megapsft.data.chat_template import ChatTemplate
 from megapsft.data.dataset import Dataset
 from megapsft.data.plan import Layout, Plan, plan_update
@@ -23,21 +24,26 @@ from megapsft.models.families import family_of
 from megapsft.models.family import Family
 from megapsft.models.hf_config import HFConfig
 from megapsft.objectives.registry import build_objective
-from megapsft.parallel import Mesh, plan_mesh
+from megapsft.parallel import Mesh, plan_mesh, with_overlap
+from megapsft.platform.apex import note_on_apex
 from megapsft.platform.cpu import has_cuda
+from megapsft.platform.machine import layers_of, note_on_layers, this_machine
 from megapsft.policy.backend import choose_backend
 from megapsft.policy.build import model_shape
+from megapsft.train.fp8 import alignment, check_fp8, note_on_fp8
 from megapsft.train.noise_limit import check_limit, limit_of
 from megapsft.train.phases import Phase, has_old_policy, phases, reference_needs
 from megapsft.train.prepare import with_advantages
+from megapsft.train.profile import check_profile, next_steps
 from megapsft.train.rollout_options import OF_SGLANG, check_options, check_references
 from megapsft.train.sources import Rows, load_dataset
-from megapsft.types import Group
+from megapsft.types import Group, Objective
 
 # what a continued run may change: how it is computed, kept and shown, never what is computed
 MAY_CHANGE = (
     "parallel.",
     "log.",
+    "profile.",
     "checkpoint.",
     "run.",
     "data.pack_length",
@@ -45,6 +51,7 @@ MAY_CHANGE = (
     "data.packing",
     "model.logprob_chunk_bytes",
     "model.logprob_backend",
+    "model.transformer_impl",
     "reference.placement",
     "model.make_vocab_size_divisible_by",
     "train.steps",
@@ -68,6 +75,7 @@ class RunPlan:
     data: Dataset
     sampler: Sampler
     checkpoint: Path | None  # to continue from
+    base: str | None  # identity of the weights that adapters are trained beside; None: the weights are trained themselves
     notes: tuple[str, ...]  # what the user should know before it starts
 
     @property
@@ -104,22 +112,7 @@ class RunPlan:
 
     def layout(self, data_parallel_rank: int = 0, context_parallel_rank: int = 0) -> Layout:
         """How samples are packed for one rank."""
-        mesh, data = self.mesh, self.config.data
-        # pipelines pass on tensors of one shape; the allgather dispatcher collects equal parts of all its ranks
-        gathers = mesh.ep > 1 and self.config.model.moe_token_dispatcher_type == "allgather"
-        return Layout(
-            packing=data.packing,
-            pack_length=data.pack_length,
-            micro_batch_size=data.micro_batch_size,
-            data_parallel_rank=data_parallel_rank,
-            data_parallel_size=mesh.dp,
-            context_parallel_rank=context_parallel_rank,
-            context_parallel_size=mesh.cp,
-            tensor_parallel_size=mesh.tp,
-            sequence_parallel=mesh.sequence_parallel,
-            microbatch_multiple=mesh.pp if mesh.vpp > 1 else 1,  # Megatron's interleaved schedule
-            equal_lengths=mesh.pp > 1 or gathers,
-        )
+        return layout_of(self.config, self.mesh, data_parallel_rank, context_parallel_rank)
 
     def first_groups(self) -> list[Group]:
         """What the first update trains, as far as it is known: not what will be sampled."""
@@ -130,6 +123,27 @@ class RunPlan:
         groups = self.first_groups()
         together = 2 if self.config.data.kind == "preferences" else 1
         return plan_update([len(sample) for group in groups for sample in group], self.layout(), together)
+
+
+def layout_of(config: Config, mesh: Mesh, data_parallel_rank: int = 0, context_parallel_rank: int = 0) -> Layout:
+    """How samples are packed for one rank of the mesh."""
+    data = config.data
+    # pipelines pass on tensors of one shape; the allgather dispatcher collects equal parts of all its ranks
+    gathers = mesh.ep > 1 and config.model.moe_token_dispatcher_type == "allgather"
+    return Layout(
+        packing=data.packing,
+        pack_length=data.pack_length,
+        micro_batch_size=data.micro_batch_size,
+        data_parallel_rank=data_parallel_rank,
+        data_parallel_size=mesh.dp,
+        context_parallel_rank=context_parallel_rank,
+        context_parallel_size=mesh.cp,
+        tensor_parallel_size=mesh.tp,
+        sequence_parallel=mesh.sequence_parallel,
+        alignment=alignment(config.fp8),
+        microbatch_multiple=mesh.pp if mesh.vpp > 1 else 1,  # Megatron's interleaved schedule
+        equal_lengths=mesh.pp > 1 or gathers,
+    )
 
 
 def plan_run(config: Config, world_size: int) -> RunPlan:
@@ -160,13 +174,18 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
             f"exceeds max_position_embeddings={hf.max_position_embeddings} of {config.model.path}",
             f"use data.max_length={hf.max_position_embeddings} or less",
         )
-    check_checkpoint(config.model.path, family, hf)
+    weights = check_checkpoint(config.model.path, family, hf).weights
+    layers_of(config.model, this_machine())
+    compares = any(reference_needs(phase.objective) for phase in all_phases)
+    check_fp8(config, hf, mesh, this_machine(), compares)
+    check_adapters(config, mesh, hf, all_phases[-1].objective)
     choose_backend(config.model.logprob_backend)
     _check_other_models(config, all_phases, hf)
     check_limit(config, all_phases[-1].objective)
-    if config.fp8.format is not None and not has_cuda():
-        raise Refused(f"fp8.format={config.fp8.format}", "needs a GPU that computes in FP8", "leave fp8 out")
+    swapped = compares and config.reference.placement == "swap"
+    config = dataclasses.replace(config, parallel=with_overlap(config.parallel, has_cuda(), swapped))
     check_options(config)
+    check_profile(config.profile, all_phases[-1].end, world_size)
     template = ChatTemplate.load(config.model.path)
     data = load_dataset(config, template, hf.vocab_size)
     _check_data(config, all_phases, data)
@@ -182,12 +201,24 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         data=data,
         sampler=Sampler(len(data.groups), train.batch_size, train.seed, config.data.shuffle),
         checkpoint=latest(checkpoint_folder(config)),
+        base=identity(weights) if config.lora.rank is not None else None,
         notes=(),
     )
     if plan.checkpoint is not None:
-        check_architecture(plan.checkpoint, read_state(plan.checkpoint), hf)
+        state = read_state(plan.checkpoint)
+        check_architecture(plan.checkpoint, state, hf)
         _check_continues(plan)
+        if plan.base is not None:
+            check_base(plan.base, state[BASE], Path(config.model.path), plan.checkpoint)
     return _with_notes(plan)
+
+
+def with_profile(plan: RunPlan) -> RunPlan:
+    """The plan with `profile.steps`: those that it says, or of the steps to come the second and third."""
+    if plan.config.profile.steps is not None:
+        return plan
+    profile = dataclasses.replace(plan.config.profile, steps=next_steps(plan.done_steps, plan.steps))
+    return dataclasses.replace(plan, config=dataclasses.replace(plan.config, profile=profile))
 
 
 def check_minibatch(train: TrainConfig) -> None:
@@ -234,6 +265,42 @@ def _check_other_models(config: Config, all_phases: Sequence[Phase], hf: HFConfi
         rule = f"gives policy and old policy the same experts, and objective.name={name} has no old policy"
         value = f"model.moe_routing_replay={str(config.model.moe_routing_replay).lower()}"
         raise Refused(value, rule, "leave it out, or choose an objective with a ratio")
+
+
+def check_adapters(config: Config, mesh: Mesh, hf: HFConfig, objective: Objective) -> None:
+    """Refuse adapters that cannot be split or that nothing is trained of, with a critic or another reference; options of none."""
+    lora, default = config.lora, LoRAConfig()
+    if lora.rank is None:
+        for field in ("alpha", "target_modules"):
+            if getattr(lora, field) != getattr(default, field):
+                rule = "says something of adapters, but lora.rank=null has none"
+                raise Refused(f"lora.{field}={_shown(getattr(lora, field))}", rule, "set lora.rank, such as 16, or leave it out")
+        return
+    if len(set(lora.target_modules)) < max(1, len(lora.target_modules)):
+        rule = "names none" if not lora.target_modules else "names one twice"
+        known = ", ".join(default.target_modules)
+        raise Refused(f"lora.target_modules={_shown(lora.target_modules)}", rule, f"use some of {known}")
+    sizes = {"tensor_model_parallel_size": mesh.tp, "expert_tensor_parallel_size": mesh.etp if hf.num_experts else 1}
+    for name, size in sizes.items():
+        if lora.rank % size:
+            rule = f"is not divided by parallel.{name}={size}, which splits A and B"
+            raise Refused(f"lora.rank={lora.rank}", rule, f"use lora.rank={-(-lora.rank // size) * size}")
+    if family_of(hf).carried is not None:
+        rule = f"is not for {hf.architecture}, whose modules PEFT calls otherwise than its files do"
+        raise Refused(f"lora.rank={lora.rank}", rule, "train all weights (lora.rank=null), or a model of text alone")
+    if config.fp8.param_gather:
+        rule = "holds the weights that are trained in FP8, and with lora.rank adapters are trained, in bfloat16"
+        raise Refused("fp8.param_gather=true", rule, "leave it out")
+    if objective.critic:
+        rule = f"trains adapters, and objective.name={config.objective['name']} a critic, of which all weights are trained"
+        raise Refused(f"lora.rank={lora.rank}", rule, "use an objective without one, such as grpo, or lora.rank=null")
+    if config.reference.path is not None:
+        rule = "is another model, and with lora.rank the reference is this one with its adapters as they were"
+        raise Refused(f"reference.path={config.reference.path}", rule, "leave it out, or train all weights (lora.rank=null)")
+
+
+def _shown(value: object) -> str:
+    return f"[{','.join(value)}]" if isinstance(value, tuple) else str(value)
 
 
 def _check_data(config: Config, all_phases: Sequence[Phase], data: Dataset) -> None:
@@ -314,7 +381,8 @@ def _check_continues(plan: RunPlan) -> None:
 
 
 def _with_notes(plan: RunPlan) -> RunPlan:
-    notes: list[str] = []
+    about_machine = (note_on_layers(plan.config.model, this_machine()), note_on_apex(), note_on_fp8(plan.config.fp8))
+    notes = [note for note in about_machine if note is not None]
     objective = plan.phases[-1]
     name, train = objective.objective_name, plan.config.train
     if has_old_policy(objective.objective) and plan.updates_per_step == 1:
@@ -329,6 +397,9 @@ def _with_notes(plan: RunPlan) -> RunPlan:
             f"Before the first update the noise of the ratio is measured: the run is refused where it alone clips more than "
             f"{100 * limit:g} % (train.max_noise_clipped)."
         )
+    if plan.family.carried is not None:
+        beside = f"{plan.family.carried}* is not loaded, and exported as it came"
+        notes.append(f"{plan.hf.architecture}: text alone is trained; {beside}.")
     notes.extend(plan.data.notes)
     sampled = plan.config.data.kind in ("rollouts", "prompts")
     if sampled and objective.objective.advantages is None and plan.config.data.select is None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megapsft.advantages.registry import estimate
+from megapsft.platform.clock import part
 from megapsft.policy.build import Policy
 from megapsft.policy.constants import with_old_policy, with_reference
 from megapsft.policy.reference import Reference
@@ -45,8 +46,11 @@ def with_constants(policy: Policy, reference: Reference | None, batch: TrainBatc
     minibatches = list(batch.minibatches)
     if has_old_policy(objective):
         first = first_old_pass(objective)
-        minibatches[first:] = [with_old_policy(policy, minibatch) for minibatch in minibatches[first:]]
+        if minibatches[first:]:
+            with part("old_policy", wait=True):
+                minibatches[first:] = [with_old_policy(policy, minibatch) for minibatch in minibatches[first:]]
     if reference is not None:
         needs = reference_needs(objective)
-        minibatches = [with_reference(policy, reference, minibatch, needs) for minibatch in minibatches]
+        with part("reference", wait=True):
+            minibatches = [with_reference(policy, reference, minibatch, needs) for minibatch in minibatches]
     return TrainBatch(minibatches=tuple(minibatches))

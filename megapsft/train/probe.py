@@ -23,12 +23,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from megapsft.checkpoint.hf import import_hf
+from megapsft.checkpoint.hf import import_hf, init_adapters
 from megapsft.config import FP8Config
 from megapsft.data.prompts import Prompts
 from megapsft.errors import Refused
 from megapsft.objectives.registry import build_objective
 from megapsft.policy.build import Policy, build_chunks, half, transformer_config
+from megapsft.policy.lora import with_adapters
 from megapsft.policy.merge import merge
 from megapsft.train.noise import Bench, Floor, Row
 from megapsft.train.noise_limit import limit_of
@@ -235,7 +236,9 @@ def _frozen_policy(plan: RunPlan) -> Policy:
     config = plan.config
     megatron = transformer_config(plan.family, plan.hf, config.model, config.parallel, plan.mesh, config.fp8)
     chunks = build_chunks(megatron, plan.hf, config.model, plan.mesh)
+    with_adapters(chunks, config.lora)
     import_hf(chunks, Path(config.model.path), plan.hf)
+    init_adapters(chunks, plan.hf, config.lora, config.train.seed)
     return policy_of(plan, half(chunks, megatron), megatron)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megapsft.checkpoint.hf_folder import is_hf
+from megapsft.checkpoint.hf_folder import is_hf, read_config
 from megapsft.config import Config, RolloutConfig, flatten
 from megapsft.data.prompts import Prompts
 from megapsft.errors import Refused
+from megapsft.models.families import check_served
 from megapsft.objectives.registry import build_objective
 from megapsft.platform.cpu import has_cuda
 from megapsft.rewards.registry import build_reward
@@ -93,6 +94,8 @@ def _check_buffer(config: Config) -> None:
 
 def _check_engine(config: Config) -> None:
     options = config.rollout
+    if options.engine == "sglang" and (Path(config.model.path) / "config.json").is_file():
+        check_served(read_config(config.model.path), "rollout.engine=sglang")
     if options.engine == "inprocess":
         for key in (*OF_SGLANG, "fp8"):
             if getattr(options, key) != getattr(DEFAULTS, key):

@@ -8,6 +8,7 @@ import math
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -21,8 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from megapsft import __version__
+from megapsft.checkpoint.adapters import BASE, keep_adapter_config
 from megapsft.checkpoint.dist import Checkpoints, Trained, load_model, read_state
-from megapsft.checkpoint.hf import import_hf
+from megapsft.checkpoint.hf import import_hf, init_adapters
 from megapsft.checkpoint.hf_save import keep_model
 from megapsft.checkpoint.together import from_first
 from megapsft.config import flatten
@@ -30,11 +32,14 @@ from megapsft.data.pack import pack
 from megapsft.data.prompts import Prompts
 from megapsft.errors import Refused, TrainingStopped
 from megapsft.metrics.sinks import Sinks, TensorBoard, WandB
+from megapsft.platform.chips import TFLOPS, bf16_peak, driver_name
+from megapsft.platform.clock import Clock, part
 from megapsft.platform.hang import HangWatch, Heartbeat
 from megapsft.platform.memory import memory_of_fullest_rank
 from megapsft.policy.backend import choose_backend, working_backend
 from megapsft.policy.build import Policy, build_chunks, distribute, half, transformer_config
 from megapsft.policy.critic import with_value_heads
+from megapsft.policy.lora import with_adapters
 from megapsft.policy.reference import Copied, Reference, Swapped
 from megapsft.train.critic import Critic
 from megapsft.train.engines import open_engine
@@ -43,6 +48,7 @@ from megapsft.train.noise_limit import limit_of
 from megapsft.train.optimizer import build_optimizer, forget, learning_rate
 from megapsft.train.phases import Phase, phase_of
 from megapsft.train.plan import RunPlan, checkpoint_folder, config_file, run_folder, to_yaml
+from megapsft.train.profile import Profile
 from megapsft.train.sampled import Sampled
 from megapsft.train.sources import Rows, Source
 from megapsft.train.stop import Stop, go_on
@@ -97,6 +103,9 @@ class Run:
     stopped: str | None = None  # why it ends after this step
     heart: Heartbeat = field(default_factory=Heartbeat)
     hang: HangWatch | None = None
+    parts: Clock = field(default_factory=Clock)  # of the step
+    profile: Profile | None = None
+    peak_flops: float | None = None  # FLOP/s of a device, where they are known
     clock: float = field(default_factory=time.perf_counter)
 
     def steps(self) -> Iterator[int]:
@@ -105,7 +114,10 @@ class Run:
             self.evaluate_if_due(self.done.step - 1)  # before the first step, or where a stop came before the benchmarks
         self.clock = time.perf_counter()
         for step in range(self.done.step, self.plan.steps):
-            yield step
+            with self.profile.step(step + 1) if self.profile else nullcontext():
+                yield step
+            if self.profile and self.profile.ends_with(step + 1):
+                self._write_profile()
             if self.stopped:
                 break
 
@@ -145,18 +157,18 @@ class Run:
 
     def pack(self, groups: list[Group], objective: Objective) -> TrainBatch:
         """This rank's part of the step, cut into the minibatches of its updates."""
-        return pack(
-            groups,
-            minibatch_size=self.plan.minibatch_size,
-            layout=self.plan.layout(
-                parallel_state.get_data_parallel_rank(), parallel_state.get_context_parallel_rank()
-            ),
-            aggregation=objective.aggregation,
-            max_response_length=objective.max_response_length,
-            pad_token_id=self.plan.template.pad_token_id,
-            together=self.plan.config.data.kind == "preferences",
-            context_group=parallel_state.get_context_parallel_group() if self.plan.mesh.cp > 1 else None,
-        )
+        ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_context_parallel_rank()
+        with part("data"):
+            return pack(
+                groups,
+                minibatch_size=self.plan.minibatch_size,
+                layout=self.plan.layout(*ranks),
+                aggregation=objective.aggregation,
+                max_response_length=objective.max_response_length,
+                pad_token_id=self.plan.template.pad_token_id,
+                together=self.plan.config.data.kind == "preferences",
+                context_group=parallel_state.get_context_parallel_group() if self.plan.mesh.cp > 1 else None,
+            )
 
     def learning_rate(self, step: int, phase: Phase) -> float | None:
         """Of the policy, whose schedule begins with its first update; None before, where the critic alone is trained."""
@@ -180,9 +192,9 @@ class Run:
         done.skipped_in_a_row = done.skipped_in_a_row + 1 if report.skipped else 0
         metrics = report.metrics | {
             "train/skipped_updates": done.skipped_updates,
-            "perf/tokens_per_second": report.metrics["data/real_tokens"] / seconds,
             "perf/seconds": seconds,
         }
+        metrics |= self._speed(metrics)
         self.reports.append(metrics)
         if self.sinks:
             self.sinks.write_update(self._record(step, phase) | metrics)
@@ -216,7 +228,7 @@ class Run:
         record: dict[str, float] = {}
         for key in reports[0]:
             values = [r[key] for r in reports]
-            if key.startswith("data/") or key == "perf/seconds":
+            if key.startswith("data/") or key in ("perf/seconds", "perf/model_flops"):
                 record[key] = sum(values)
             elif key.endswith(("_max", "/max")):
                 record[key] = max(values)
@@ -224,14 +236,15 @@ class Run:
                 record[key] = min(values)
             elif key.endswith("grad_norm"):
                 record[key] = sum(values) / len(values)
-            elif key in ("train/lr", "train/skipped_updates") or key.startswith("perf/"):
+            elif key in ("train/lr", "train/skipped_updates"):
                 record[key] = values[-1]
             else:
                 weighted = sum(v * r["data/trained_tokens"] for v, r in zip(values, reports, strict=True))
                 record[key] = weighted / tokens if tokens else 0.0
-        record["perf/tokens_per_second"] = record["data/real_tokens"] / record["perf/seconds"]
+        record |= self._speed(record)
         record["perf/memory_bytes"] = float(memory_of_fullest_rank(self.policy.device))
         record |= self.source.metrics
+        record |= {f"perf/{name}_seconds": seconds for name, seconds in self.parts.take().items()}
         best = record.get(self.plan.config.checkpoint.best_metric)
         if best is not None and math.isfinite(best) and step >= phase.policy_from:  # before, the policy was not trained
             self.since_checkpoint.append(best)
@@ -239,7 +252,8 @@ class Run:
             self.sinks.write_step(self._record(step, phase) | {"epoch": self.source.epoch(step + 1)} | record)
         if step >= phase.policy_from:
             self.say(self.watch.step(phase, record, len(reports)))
-        self.checkpoints.finish(blocking=False)
+        with part("checkpoint"):
+            self.checkpoints.finish(blocking=False)
 
     def say(self, text: str | None) -> None:
         """A note for the user, above the bar of progress where there is one."""
@@ -262,7 +276,8 @@ class Run:
         if self.stopped or not self._evaluation_due(done):
             return
         self.heart.rest()
-        metrics = self.evaluation(self)
+        with part("evaluate"):
+            metrics = self.evaluation(self)
         if self.sinks:
             self.sinks.write_evaluation({"update": self.done.update, "step": done} | metrics)
             found = (f"{key.removeprefix('evaluate/')} {value:.4g}" for key, value in metrics.items())
@@ -277,7 +292,9 @@ class Run:
         self.heart.rest()
         score = sum(self.since_checkpoint) / len(self.since_checkpoint) if self.since_checkpoint else None
         self.since_checkpoint = []
-        self.checkpoints.save(step + 1, dataclasses.asdict(self.done), self.models(), score)
+        state = dataclasses.asdict(self.done) | ({BASE: self.plan.base} if self.plan.base else {})
+        with part("checkpoint"):
+            self.checkpoints.save(step + 1, state, self.models(), score)
 
     def models(self) -> dict[str, Trained]:
         """What is trained, by the prefix of its keys in checkpoints."""
@@ -290,7 +307,10 @@ class Run:
         """Collective. Wait for the last checkpoint, end what was started, close what writes."""
         if self.hang:
             self.hang.close()
-        self.checkpoints.finish()  # first: where the run was asked to stop, time is short
+        with part("checkpoint"):
+            self.checkpoints.finish()  # first: where the run was asked to stop, time is short
+        if self.profile:
+            self.profile.finish()
         if self.evaluation is not None:
             self.evaluation.close()
         self.source.close()
@@ -299,6 +319,20 @@ class Run:
         if self.sinks:
             self.sinks.close()
             self.stop.settle(self.done.step, self.stopped)
+
+    def _write_profile(self) -> None:
+        """In the time of no step."""
+        self.heart.rest()
+        began = time.perf_counter()
+        self.profile.finish()
+        self.clock += time.perf_counter() - began
+
+    def _speed(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """How much went through in the seconds of an update, or of a step."""
+        seconds = metrics["perf/seconds"]
+        flops = metrics["perf/model_flops"] / seconds / self.plan.mesh.world_size
+        found = {"perf/tokens_per_second": metrics["data/real_tokens"] / seconds, "perf/tflops_per_device": flops / TFLOPS}
+        return found | ({"perf/mfu": flops / self.peak_flops} if self.peak_flops else {})
 
     def _evaluation_due(self, done: int) -> bool:
         return self.evaluation is not None and (done % self.plan.config.evaluate.interval == 0 or done == self.plan.steps)
@@ -336,6 +370,9 @@ def start(plan: RunPlan, evaluation: Evaluation | None = None, signalled: Callab
     state = read_state(plan.checkpoint) if plan.checkpoint else {}
     run = Run(plan, policy, optimizer, checkpoints, build_source(plan, policy, state), None, None)
     run.evaluation, run.lock, run.stop = evaluation, lock, stop
+    run.profile = Profile(config.profile, run_folder(config) / "profile", dist.get_rank())
+    run.peak_flops = config.log.peak_flops or bf16_peak(driver_name())
+    run.parts.listen()
     if plan.checkpoint is not None:
         _continue(run, plan.checkpoint)
     run.sinks = _open_sinks(plan, run.done) if first else None
@@ -377,7 +414,9 @@ def build_policy(plan: RunPlan) -> Policy:
     config = plan.config
     megatron = transformer_config(plan.family, plan.hf, config.model, config.parallel, plan.mesh, config.fp8)
     chunks = build_chunks(megatron, plan.hf, config.model, plan.mesh)
+    with_adapters(chunks, config.lora)
     import_hf(chunks, Path(config.model.path), plan.hf)
+    init_adapters(chunks, plan.hf, config.lora, config.train.seed)
     return policy_of(plan, distribute(chunks, megatron, config.parallel), megatron)
 
 
@@ -392,7 +431,9 @@ def build_reference(plan: RunPlan, policy: Policy, first_step: int = 0) -> Refer
     reference: Reference = Swapped()
     if config.reference.placement == "copy":
         megatron = transformer_config(plan.family, plan.hf, config.model, config.parallel, plan.mesh, config.fp8)
-        reference = Copied(policy_of(plan, half(build_chunks(megatron, plan.hf, config.model, plan.mesh), megatron), megatron))
+        chunks = build_chunks(megatron, plan.hf, config.model, plan.mesh)
+        with_adapters(chunks, config.lora)
+        reference = Copied(policy_of(plan, half(chunks, megatron), megatron))
     mine = Swapped()
     if config.reference.path is not None:
         mine.take(policy)
@@ -452,6 +493,8 @@ def _open_sinks(plan: RunPlan, done: Progressed) -> Sinks:
     config_file(config).write_text(to_yaml(config))
     (folder / "revision.txt").write_text(revision() + "\n")
     keep_model(Path(config.model.path), folder / "model")
+    if config.lora.rank is not None:
+        keep_adapter_config(config.lora, Path(config.model.path), folder / "model")
     trackers: list[Any] = []
     if config.log.tensorboard:
         trackers.append(TensorBoard(folder / "tensorboard", resumed_at=done.update))

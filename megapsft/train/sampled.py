@@ -19,6 +19,7 @@ from megapsft.data.rollouts import choose, to_sample
 from megapsft.data.sampler import Sampler
 from megapsft.errors import TrainingStopped
 from megapsft.objectives.registry import build_objective
+from megapsft.platform.clock import part
 from megapsft.rewards.registry import build_rewards
 from megapsft.rewards.sum import Scored, Sum, summary
 from megapsft.rollout.base import Rollout, Sampling
@@ -37,6 +38,7 @@ class Step:
     collected: Collected
     scored: tuple[tuple[Scored, ...], ...]  # of each group that of each rollout
     seconds: float  # that sampling and scoring took
+    score_seconds: float  # of these, what scoring took
 
 
 class Sampled:
@@ -76,13 +78,10 @@ class Sampled:
 
     def next_groups(self, step: int) -> list[Group]:
         """The groups of `step`. Collective."""
-        began = time.perf_counter()
-        self.engine.update(step)
-        updated = time.perf_counter()
-        if self.engine.everywhere:
-            found = self._sample(step)
-        else:
-            found = from_first(lambda: self._sampled_ahead(step))
+        with part("weight_update"):
+            self.engine.update(step)
+        with part("rollout_wait"):
+            found = self._sample(step) if self.engine.everywhere else from_first(lambda: self._sampled_ahead(step))
         self.stream = found.collected.stream
         groups = [self._group(*one) for one in zip(found.collected.answered, found.scored, strict=True)]
         if self.config.data.select is not None:
@@ -92,9 +91,8 @@ class Sampled:
         if self.rewards is not None and self.config.log.rollouts and (step + 1) % self.config.log.rollouts == 0:
             self._write(found, step + 1)
         self.metrics = self._metrics(found, step) | {
-            "perf/weight_update_seconds": updated - began,
             "perf/rollout_seconds": found.seconds,
-            "perf/rollout_wait_seconds": time.perf_counter() - updated,
+            "perf/score_seconds": found.score_seconds,
         }
         return groups
 
@@ -129,10 +127,12 @@ class Sampled:
 
     def _sample(self, step: int) -> Step:
         """Ask and score until the step has its groups."""
-        began, options, scores = time.perf_counter(), self.config.rollout, {}
+        began, options, scores, scoring = time.perf_counter(), self.config.rollout, {}, []
 
         def teaches(whole: Sequence[Answered]) -> list[bool]:
+            answered = time.perf_counter()
             scores.update(zip([one.draw for one in whole], self._score(whole), strict=True))
+            scoring.append(time.perf_counter() - answered)
             if options.dynamic_sampling is None:
                 return [True] * len(whole)
             outcomes = [[scored.parts[options.dynamic_sampling].value for scored in scores[one.draw]] for one in whole]
@@ -152,7 +152,7 @@ class Sampled:
             rounds=options.max_rounds if options.dynamic_sampling is not None else 1,
         )
         scored = tuple(scores[one.draw] for one in self.ahead.answered)
-        return Step(self.ahead, scored, time.perf_counter() - began)
+        return Step(self.ahead, scored, time.perf_counter() - began, sum(scoring))
 
     def _row(self, draw: int) -> Any:
         return self.prompts.prompts[self.sampler.draw(draw, 1)[0]]

@@ -13,8 +13,10 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
 from megapsft.metrics.reduce import Reduction
+from megapsft.models.flops import model_flops
 from megapsft.models.names import canonical_name
 from megapsft.models.router import BalanceLoss
+from megapsft.platform.clock import part
 from megapsft.policy.build import Policy
 from megapsft.policy.constants import with_entropy
 from megapsft.policy.forward import Consume, Head, evaluate, forward_backward, read, to_device
@@ -55,7 +57,8 @@ def update(
         lr: learning rate of the step; None for neither gradient nor step: a report on the policy as it is.
     """
     if objective.totals_need is not None:
-        minibatch = with_totals(policy, objective, minibatch)
+        with part("totals"):
+            minibatch = with_totals(policy, objective, minibatch)
     entropies = ("policy/entropy", "policy/old_entropy") if has_old_policy(objective) else ("policy/entropy",)
     compares = has_old_policy(objective) and _sampled_elsewhere(minibatch)
     measured = {**objective.metrics, **dict.fromkeys(entropies, "mean"), **(MISMATCH_METRICS if compares else {})}
@@ -77,15 +80,18 @@ def update(
     head = Head(entropy_gradient=objective.entropy_gradient, term=objective.term, ref_weight=weight)
     found, skipped = {"train/lr": lr or 0.0}, None
     if lr is None:
-        found["train/loss"] = loss_of(policy, minibatch, consume, head)
+        with part("forward_backward"):
+            found["train/loss"] = loss_of(policy, minibatch, consume, head)
     else:
         done = descend(policy, optimizer, minibatch, consume, head, lr)
         found |= {"train/loss": done.loss, "train/grad_norm": done.grad_norm}
         if policy.config.moe_aux_loss_coeff:
             found["moe/aux_loss"] = done.aux_loss
         skipped = done.skipped
-    metrics = reduction.finish(dist.group.WORLD) | found
+    with part("optimizer"):  # whose end the read of the metrics waits for
+        metrics = reduction.finish(dist.group.WORLD) | found
     metrics |= {
+        "perf/model_flops": flops_of(policy, minibatch) if lr is not None else 0.0,
         "data/trained_tokens": minibatch.trained_tokens,
         "data/real_tokens": minibatch.real_tokens,
         "data/samples": minibatch.samples,
@@ -122,20 +128,27 @@ def descend(
     optimizer.zero_grad()  # or the first microbatch would be added to what the last step left in param.grad
     coeff = policy.config.moe_aux_loss_coeff
     balance = BalanceLoss(coeff, minibatch.forward_tokens, policy.device) if coeff else None
-    losses = forward_backward(policy, minibatch, consume, head, balance)
-    sums = torch.zeros(2, dtype=torch.float64, device=policy.device)
-    if _counts():
-        sums[0] = sum(losses, sums[0])
-    if balance is not None:
-        sums[1] = balance.value
-    dist.all_reduce(sums)
-    loss, aux_loss = sums.tolist()
+    with part("forward_backward"):
+        losses = forward_backward(policy, minibatch, consume, head, balance)
+        sums = torch.zeros(2, dtype=torch.float64, device=policy.device)
+        if _counts():
+            sums[0] = sum(losses, sums[0])
+        if balance is not None:
+            sums[1] = balance.value
+        dist.all_reduce(sums)
+        loss, aux_loss = sums.tolist()
     if minibatch.trained_tokens == 0:
         return Descent(loss, aux_loss, 0.0, "no token is trained")
-    norm = step_if_finite(optimizer, lr)
+    with part("optimizer"):
+        norm = step_if_finite(optimizer, lr)
     if math.isfinite(norm):
         return Descent(loss, aux_loss, norm, None)
     return Descent(loss, aux_loss, norm, f"the gradient is not finite: {_culprits(policy, losses)}")
+
+
+def flops_of(model: Policy, minibatch: Minibatch, *, head: bool = True) -> float:
+    """Of `model_flops`: what training the model on the minibatch takes, over all ranks."""
+    return model_flops(model.hf, minibatch.real_tokens, minibatch.squared_lengths, head=head, frozen=model.frozen)
 
 
 def at_old_policy(microbatch: Microbatch, output: PolicyOutput) -> Microbatch:

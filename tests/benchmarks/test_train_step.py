@@ -47,7 +47,11 @@ def test_json_holds_raw_times_and_their_ratios(ran):
         assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
     for shares in objectives["shares"].values():
         assert sum(shares.values()) == pytest.approx(1)
-        assert {"packing", "forward and backward", "optimizer"} <= set(shares)
+        assert {"data", "forward_backward", "optimizer"} <= set(shares)
+    assert "old_policy" not in objectives["shares"]["sft"]
+    share = result["ratios"]["old_policy_share_of_psft"]
+    assert len(objectives["old_policy_share"]) == 2
+    assert 0 < share["min"] <= objectives["shares"]["psft"]["old_policy"] <= share["max"] < 0.5
 
 
 def test_the_table_comes_last(ran):

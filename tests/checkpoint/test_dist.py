@@ -25,6 +25,8 @@ SAME = [
     ("qwen3", split("dp2+zero1+overlap", 2, zero1=True, overlap=True, gather=True)),
     ("qwen3", split("pp2+vpp2", 2, pp=2, vpp=2)),
     ("qwen3_moe", split("ep2", 2, ep=2)),
+    ("qwen3", split("adapters", rank=4)),
+    ("qwen3_moe", split("adapters, ep2+zero1", 2, ep=2, zero1=True, rank=4)),
 ]
 OTHER = [
     ("qwen3", split("tp2+sp", 2, tp=2, sp=True), split("pp2", 2, pp=2)),
@@ -34,6 +36,7 @@ OTHER = [
     ("qwen3_moe", split("ep2+zero1", 2, ep=2, zero1=True), split("1 rank")),
     ("qwen3_moe", split("1 rank"), split("tp2+ep2+etp1", 2, tp=2, ep=2, etp=1)),
     ("qwen3_moe", split("tp2+sp", 2, tp=2, sp=True), split("pp2", 2, pp=2)),
+    ("qwen3", split("adapters, tp2+sp", 2, tp=2, sp=True, rank=4), split("adapters, dp2+zero1", 2, zero1=True, rank=4)),
 ]
 
 

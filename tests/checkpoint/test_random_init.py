@@ -46,7 +46,7 @@ def test_model_tokenizer_and_template_fit_together(family, tied, data, tmp_path)
     generation = json.loads((out / "generation_config.json").read_text())
     assert (generation["eos_token_id"], generation["pad_token_id"]) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    model = getattr(transformers, hf.architecture).from_pretrained(out)
     ids = torch.from_numpy(template.encode("What is 40 plus 45?", "The sum is 85, plainly.")[0].astype("int64"))[None]
     with torch.no_grad():
         loss = model(ids, labels=ids).loss
@@ -93,10 +93,11 @@ def test_bfloat16(data, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(family="gpt2"), "family='gpt2': is not known; use one of qwen3, qwen3_moe, qwen2, llama"),
+        (dict(family="gpt2"), "family='gpt2': is not known; use one of qwen3, qwen3_moe, qwen2, llama, qwen2_5_vl"),
         (dict(num_key_value_heads=3), "num_key_value_heads=3: must divide num_attention_heads=4; use one of 1, 2, 4"),
         (dict(head_dim=23), "head_dim=23: must be even"),
         (dict(family="qwen2", hidden_size=100), "hidden_size=100: must be num_attention_heads=4 x head_dim=24"),
+        (dict(family="qwen2_5_vl", hidden_size=100), "must be num_attention_heads=4 x head_dim=24 for qwen2_5_vl"),
         (
             dict(family="qwen3_moe", num_experts=2, num_experts_per_tok=3),
             "num_experts_per_tok=3: must be between 1 and num_experts=2",
@@ -118,3 +119,9 @@ def test_refused_vocabulary(data, tmp_path):
 def test_refused_where_something_is_already(data, tmp_path):
     with pytest.raises(Refused, match="exists and is not an empty folder"):
         make(data, data.parent)
+
+
+def test_a_model_that_sees_images_has_a_token_for_each_part_of_one(data, tmp_path):
+    template = ChatTemplate.load(make(data, tmp_path / "model", "qwen2_5_vl"))
+    tokens = template.tokenizer.convert_ids_to_tokens(sorted(template.media_token_ids))
+    assert tokens == ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]

@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 
 from megapsft.cluster.estimate import estimate
-from megapsft.cluster.hardware import GIB, GPUS, Machines
+from megapsft.cluster.hardware import Machines
 from megapsft.cluster.model_folder import shape_of_model
 from megapsft.cluster.propose import propose
 from megapsft.config import load_config
 from megapsft.errors import Refused
+from megapsft.platform.chips import GIB, GPUS
 from tests.shipped import OF_PAPERS
 
 HEADING = "# Nodes of 8 H100, as `megapsft plan` says:"

@@ -9,7 +9,8 @@ from tests.shipped import FOLDER, OF_PAPERS
 
 PAPERS = {
     "dapo/llama-3.1-8b-instruct", "dapo/qwen2.5-7b-instruct", "dft/qwen2.5-math-1.5b", "dft/qwen2.5-math-7b", "dpo/qwen3-4b-base",
-    "psft/llama-3.1-8b-instruct", "psft/qwen2.5-7b-instruct", "psft/qwen3-30b-a3b", "psft/qwen3-4b-base",
+    "psft/llama-3.1-8b-instruct", "psft/qwen2.5-7b-instruct", "psft/qwen3-30b-a3b", "psft/qwen3-30b-a3b-lora",
+    "psft/qwen2.5-vl-7b", "psft/qwen3-4b-base",
     "sft/llama-3.1-8b-instruct", "sft/qwen2.5-7b-instruct", "sft/qwen3-4b-base", "srft/qwen2.5-math-7b",
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ import pytest
 from megapsft.checkpoint.hf import read_config
 from megapsft.cluster.activations import chunks_in_flight
 from megapsft.cluster.estimate import Estimate, estimate
-from megapsft.cluster.hardware import GPUS, Machines, gpu_named
+from megapsft.cluster.hardware import Machines, gpu_named
 from megapsft.cluster.model_folder import shape_of_model
 from megapsft.cluster.propose import overrides, propose
 from megapsft.cluster.sizes import of_stage
@@ -17,6 +17,7 @@ from megapsft.cluster.traffic import groups
 from megapsft.config import Config, load_config
 from megapsft.errors import Refused
 from megapsft.models.families import parameter_count
+from megapsft.platform.chips import GPUS
 from tests.shipped import FOLDER, OBJECTIVES
 
 DENSE, MOE = (read_config(FOLDER / "models" / name) for name in ("Qwen2.5-7B-Instruct", "Qwen3-30B-A3B-Instruct-2507"))

@@ -13,8 +13,7 @@ import torch
 from megatron.core import parallel_state
 
 from megapsft.checkpoint.random_init import init_model
-from megapsft.cluster.memory import Held, held
-from megapsft.cluster.sizes import of_stage
+from megapsft.cluster.memory import Held, held_by_policy
 from megapsft.config import load_config
 from megapsft.parallel import initialize, shutdown
 from megapsft.train.optimizer import build_optimizer
@@ -39,6 +38,9 @@ SPLITS = [  # family, dtype, ranks, split
     ("qwen3_moe", "bfloat16", 2, {"tp": 2, "ep": 2, "etp": 1, "zero1": True}),
     ("qwen3_moe", "bfloat16", 4, {"pp": 2, "ep": 2}),
     ("qwen3_moe", "bfloat16", 4, {"ep": 2, "zero1": True}),
+    ("qwen3", "bfloat16", 2, {"tp": 2, "rank": 4}),
+    ("qwen3_moe", "bfloat16", 2, {"pp": 2, "rank": 4}),
+    ("qwen3_moe", "float32", 2, {"tp": 2, "ep": 2, "etp": 1, "zero1": True, "rank": 16}),
 ]
 
 
@@ -87,8 +89,7 @@ def _allocate(options: list[str]) -> tuple[int, Held, Held]:
         optimizer=sum(size for at, size in storages([*state, *main]).items() if at not in weights),
     )
     stage = parallel_state.get_pipeline_model_parallel_rank()
-    chunks = of_stage(plan.hf, plan.mesh, config.model.make_vocab_size_divisible_by, stage)
-    planned = held(chunks, plan.mesh, config.model.dtype, config.parallel.use_distributed_optimizer)
+    planned = held_by_policy(config, plan.hf, plan.mesh, stage)
     shutdown()
     return stage, found, planned
 

@@ -15,10 +15,11 @@ from megapsft.checkpoint.hf import read_config
 from megapsft.cluster import efficiency
 from megapsft.cluster.efficiency import Execution
 from megapsft.cluster.estimate import estimate
-from megapsft.cluster.hardware import GPUS, Machines
+from megapsft.cluster.hardware import Machines
 from megapsft.config import load_config
 from megapsft.models.families import parameter_count
 from megapsft.models.hf_config import HFConfig
+from megapsft.platform.chips import GPUS
 from tests.shipped import FOLDER
 
 TOLERANCE = 0.25

@@ -13,12 +13,13 @@ import yaml
 from megapsft import cli
 from megapsft.checkpoint.hf import read_config
 from megapsft.cluster.estimate import estimate
-from megapsft.cluster.hardware import GPUS, Machines
+from megapsft.cluster.hardware import Machines
 from megapsft.cluster.memory import RUNTIME
 from megapsft.cluster.sweep.measure import notes, rows
 from megapsft.cluster.sweep.points import Asked, points
 from megapsft.cluster.sweep.sweep import state_of, write
 from megapsft.metrics.records import read_records
+from megapsft.platform.chips import GPUS
 from megapsft.report.scaling import to_markdown, write_scaling
 from tests.command import megapsft
 

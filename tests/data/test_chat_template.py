@@ -1,5 +1,7 @@
 """Not tested here: the templates of published models, which need their tokenizers; slow (pure Python) tokenizers."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -141,3 +143,34 @@ def test_a_broken_tokenizer_file_is_refused(model_dir):
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(Refused, match="has no readable tokenizer"):
         ChatTemplate.load(folder)
+
+
+@pytest.fixture
+def seeing(model_dir) -> ChatTemplate:
+    """Of a model that sees images."""
+    folder = model_dir(additional_special_tokens=["<|image_pad|>"])
+    image = ChatTemplate.load(folder).tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl", "image_token_id": image}))
+    return ChatTemplate.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        (Row("Look: <|image_pad|>. How many?", "Two.", "rows.jsonl:2"), "<|image_pad|>"),
+        (Row([dict(role="user", content="<image>\nHow many?")], "Two.", "rows.jsonl:2"), "<image>"),
+        (Row("How many?", "As in <|image_pad|>.", "rows.jsonl:2"), "<|image_pad|>"),
+    ],
+)
+def test_a_row_with_an_image_is_refused_where_the_model_would_see_it(row, found, seeing):
+    rows = [Row("How many?", "Two.", "rows.jsonl:1"), row]
+    with pytest.raises(Refused, match="which stands for an image or a video, and text alone is trained") as refusal:
+        list(seeing.encode_rows(rows))
+    assert refusal.value.value == "rows.jsonl:2"
+    assert found in refusal.value.rule
+
+
+def test_to_a_model_of_text_alone_the_same_words_are_words(chatml):
+    assert chatml.media_token_ids == frozenset()
+    ids, _ = chatml.encode("What does <image> mean?", "It is a tag.")
+    assert "<image>" in chatml.tokenizer.decode(ids)

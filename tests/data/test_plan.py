@@ -19,9 +19,10 @@ EVERY_LAYOUT = [
         sequence_parallel=sequence_parallel,
         microbatch_multiple=multiple,
         equal_lengths=equal,
+        alignment=alignment,
     )
-    for packing, pack_length, dp, cp, sequence_parallel, multiple, equal in itertools.product(
-        (True, False), (10, 300), (1, 3, 4), (1, 2, 3), (False, True), (1, 4), (False, True)
+    for packing, pack_length, dp, cp, sequence_parallel, multiple, equal, alignment in itertools.product(
+        (True, False), (10, 300), (1, 3, 4), (1, 2, 3), (False, True), (1, 4), (False, True), (1, 16)
     )
 ]
 LAYOUTS = random.Random(0).sample(EVERY_LAYOUT, 40)
@@ -31,7 +32,8 @@ UPDATES = [np.random.default_rng(seed).integers(1, 120, size).tolist() for seed,
 def label(layout: Layout) -> str:
     shape = f"dp{layout.data_parallel_size}-cp{layout.context_parallel_size}-x{layout.microbatch_multiple}"
     kind = f"packed{layout.pack_length}" if layout.packing else "rows"
-    return "-".join([kind, shape] + ["sp"] * layout.sequence_parallel + ["equal"] * layout.equal_lengths)
+    marks = {"sp": layout.sequence_parallel, "fp8": layout.alignment > 1, "equal": layout.equal_lengths}
+    return "-".join([kind, shape, *(mark for mark, holds in marks.items() if holds)])
 
 
 @pytest.fixture(params=LAYOUTS, ids=label)
@@ -67,6 +69,9 @@ def test_lengths_can_be_cut(layout):
     for plan in itertools.chain.from_iterable(itertools.chain.from_iterable(plan_update(n, layout) for n in UPDATES)):
         assert plan.length > 0
         assert plan.length % layout.length_multiple == 0
+        slices = layout.context_parallel_size * (layout.tensor_parallel_size if layout.sequence_parallel else 1)
+        assert plan.length % slices == plan.length // slices % layout.alignment == 0
+        assert plan.length % layout.sequence_multiple == 0
 
 
 def test_samples_fit_their_rows(layout):

@@ -207,6 +207,15 @@ def test_a_bad_row_is_refused_with_its_line(load, row, value, rule):
     assert rule in refusal.rule
 
 
+def test_an_image_in_a_recorded_prompt_is_refused_and_what_a_policy_sampled_is_not(load, chatml):
+    chatml.media_token_ids = frozenset([9])
+    sampled = {"prompt_token_ids": [5, 6], "rollouts": [{"token_ids": [9], "reward": 1}]}
+    assert load(sampled).rollouts == 1
+    refusal = refused(load, sampled, sampled | {"prompt_token_ids": [5, 9]})
+    assert refusal.value.endswith("rows.jsonl:2")
+    assert "stands for an image or a video" in refusal.rule
+
+
 def test_a_system_prompt_is_not_put_before_token_ids(load):
     assert load(ROW, system_prompt="Think.").groups[0][0].token_ids.tolist() != load(ROW).groups[0][0].token_ids.tolist()
     refusal = refused(load, {"prompt_token_ids": [5], "rollouts": [RIGHT]}, system_prompt="Think.")

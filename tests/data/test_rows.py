@@ -109,6 +109,14 @@ def test_null_fields_that_parquet_adds_to_messages_are_gone(parquet):
         ({"prompt": [{"content": "q"}], "demonstration": "a"}, "has role None"),
         ({"prompt": [{"role": "user", "content": [{"text": "q"}]}], "demonstration": "a"}, "has content of type list"),
         ({"prompt": [{"role": "user"}], "demonstration": "a"}, "has content of type NoneType"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "image"}]}], "demonstration": "a"},
+            "holds a part of type 'image', and text alone is trained",
+        ),
+        (
+            {"prompt": [{"role": "user", "content": [{"text": None, "video": "a.mp4"}]}], "demonstration": "a"},
+            "holds a part of type 'video', and text alone is trained",
+        ),
         ({"prompt": [{"role": "user", "content": " "}], "demonstration": "a"}, "is empty or blank"),
         ({"prompt": [{"role": "assistant", "content": "q"}], "demonstration": "a"}, "ends with an assistant turn"),
     ],

@@ -161,3 +161,13 @@ def test_dynamic_sampling_trains_groups_that_differ(train, half_knowing):
     assert sum(step["rollout/discarded_groups"] for step in steps) > 0
     drawn = 32 * steps[-1]["epoch"]  # every prompt that was drawn is trained, or discarded
     assert drawn == sum(step["rollout/groups"] + step["rollout/discarded_groups"] for step in steps)
+
+
+def test_adapters_answer_and_learn_and_the_reference_is_the_policy_without_what_they_learned(train, half_knowing):
+    adapters = ["lora.rank=4", "objective.kl_coef=0.05", "optimizer.lr=3e-3", "train.steps=3"]
+    steps = train("grpo", half_knowing(), "run", *adapters)
+    assert len(steps) == 3
+    assert steps[0]["objective/kl"] < steps[-1]["objective/kl"]  # a mean over updates, of which the first has none
+    for step in steps:
+        assert step["rollout/mismatch_max"] < 1e-4  # what was sampled from has the adapters, too
+        assert step["train/grad_norm"] > 0

@@ -40,21 +40,26 @@ class Row:
 
 
 class Comparison:
-    """Models, data and the gradients on one rank, made once in `folder`."""
+    """Models, data and the gradients on one rank, made once in `folder`.
 
-    def __init__(self, folder: Path):
-        self.folder, self._references, self._made = folder, {}, {}
+    Args:
+        options: config overrides of all splits, such as those of LoRA, whose gradients are those of the adapters.
+        samples: of an update.
+    """
+
+    def __init__(self, folder: Path, options: tuple[str, ...] = (), samples: int = SAMPLES):
+        self.folder, self.options, self.samples, self._references, self._made = folder, options, samples, {}, {}
         self.data = folder / "data.jsonl"
         write_jsonl(self.data, generate(64, 7))
 
     def at_old_policy(self, kind: str, split: Split) -> dict[str, dict]:
         """Metrics and gradients by objective, where the trained policy is the old one."""
         old, _ = self._models(kind)
-        return run_ranks(split.world, measure, old, old, self.data, split.options, SAMPLES)[0]
+        return run_ranks(split.world, measure, old, old, self.data, self.options + split.options, self.samples)[0]
 
-    def rows(self, kind: str, split: Split, samples: int = SAMPLES) -> list[Row]:
+    def rows(self, kind: str, split: Split, samples: int | None = None) -> list[Row]:
         """Both objectives on `split`; with fewer `samples` than the reference has, they must differ."""
-        ours, reference = self._measure(kind, split, samples), self._reference(kind)
+        ours, reference = self._measure(kind, split, samples or self.samples), self._reference(kind)
         rows = []
         for name, result in ours.items():
             expected = reference[name]
@@ -74,12 +79,12 @@ class Comparison:
 
     def _reference(self, kind: str) -> dict[str, dict]:
         if kind not in self._references:
-            self._references[kind] = self._measure(kind, REFERENCE, SAMPLES)
+            self._references[kind] = self._measure(kind, REFERENCE, self.samples)
         return self._references[kind]
 
     def _measure(self, kind: str, split: Split, samples: int) -> dict[str, dict]:
         old, new = self._models(kind)
-        return run_ranks(split.world, measure, old, new, self.data, split.options, samples)[0]
+        return run_ranks(split.world, measure, old, new, self.data, self.options + split.options, samples)[0]
 
     def _models(self, kind: str) -> tuple[Path, Path]:
         if kind not in self._made:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from megapsft.checkpoint.hf import export_stream, import_hf
+from megapsft.checkpoint.hf import fill, import_hf
+from megapsft.checkpoint.weights import rows_of
+from megapsft.checkpoint.weights.live import LiveWeights
 from megapsft.config import load_config
+from megapsft.models.adapters import trained_rules
+from megapsft.models.parameters import Rule
 from megapsft.objectives.registry import build_objective
 from megapsft.parallel import initialize, shutdown
 from megapsft.policy.build import Policy
@@ -41,6 +47,10 @@ def measure(old: Path, new: Path, data: Path, options: tuple[str, ...], samples:
     plan = plan_run(config, int(os.environ["WORLD_SIZE"]))
     initialize(plan.mesh, config.parallel, seed=1)
     policy = build_policy(plan)
+    rules = trained_rules(plan.hf, config.lora) or plan.family.parameters(plan.hf)
+    if config.lora.rank is not None:  # with B zero, as it is at first, A would have no gradient
+        shapes = {rule.hf: rule.shape for rule in rules}
+        fill(policy.chunks, lambda name, index: random(name, shapes[name])[index], plan.hf, rules)
     optimizer = build_optimizer(config.optimizer, config.parallel, policy)
     run = Run(plan, policy, optimizer, None, plan.rows, None, None)
     results = {}
@@ -54,14 +64,14 @@ def measure(old: Path, new: Path, data: Path, options: tuple[str, ...], samples:
         bitwise = exports_what_it_imported(policy, new)
         report = update(policy, objective, optimizer, minibatch, lr=0.0)
         assert report.skipped is None, report.skipped
-        results[name] = {"metrics": report.metrics, "gradient": whole_gradient(policy), "bitwise": bitwise}
+        results[name] = {"metrics": report.metrics, "gradient": whole_gradient(policy, rules), "bitwise": bitwise}
     shutdown()
     return results
 
 
 def exports_what_it_imported(policy: Policy, source: Path) -> bool:
     """Whether the export of all ranks equals the safetensors of `source` to the last bit; true on ranks but the first."""
-    exported = {name: tensor for name, tensor in export_stream(policy.gpt_models(), policy.hf) if tensor is not None}
+    exported = whole(policy, policy.family.parameters(policy.hf))
     if dist.get_rank() != 0:
         return True
     stored = load_file(source / "model.safetensors")
@@ -69,18 +79,34 @@ def exports_what_it_imported(policy: Policy, source: Path) -> bool:
 
 
 @torch.no_grad()
-def whole_gradient(policy: Policy) -> dict[str, torch.Tensor]:
-    """The gradient in `main_grad` of all ranks, by the path on which weights are exported; empty but on rank 0."""
+def whole_gradient(policy: Policy, rules: Sequence[Rule] | None = None) -> dict[str, torch.Tensor]:
+    """The gradient in `main_grad` of all ranks, by the path on which weights are exported; empty but on rank 0.
+
+    Args:
+        rules: of what is trained; None: all that the family has.
+    """
     for chunk in policy.chunks:
         if chunk.ddp_config.use_distributed_optimizer:
             _gather_shards(chunk)
-    weights = [(p, p.data) for chunk in policy.chunks for p in chunk.parameters()]
+    weights = [(p, p.data) for chunk in policy.chunks for p in chunk.parameters() if p.requires_grad]
     for p, _ in weights:
         p.data = p.main_grad.clone()
-    gradient = {name: tensor.clone() for name, tensor in export_stream(policy.gpt_models(), policy.hf) if tensor is not None}
+    gradient = whole(policy, rules or policy.family.parameters(policy.hf))
     for p, data in weights:
         p.data = data
     return gradient
+
+
+def whole(policy: Policy, rules: Sequence[Rule]) -> dict[str, torch.Tensor]:
+    """The tensors of the rules, on the CPU of rank 0; others get nothing. Collective."""
+    weights = LiveWeights(policy.gpt_models(), policy.hf, rules)
+    found = {name: rows_of(weights, name) for name in weights.tensors}
+    return found if dist.get_rank() == 0 else {}
+
+
+def random(name: str, shape: Sequence[int]) -> torch.Tensor:
+    """The same for a name each time, and large enough to matter."""
+    return 0.05 * torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
 
 
 def _gather_shards(chunk: torch.nn.Module) -> None:

@@ -22,6 +22,7 @@ NAMES = {
     "packing": "data.packing",
     "chunk": "model.logprob_chunk_bytes",
     "dispatcher": "model.moe_token_dispatcher_type",
+    "rank": "lora.rank",
 }
 
 

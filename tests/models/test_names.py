@@ -18,6 +18,10 @@ from megapsft.models.names import canonical_name
         ("decoder.layers.1.mlp.linear_fc1.weight", "decoder.layers.7.mlp.linear_fc1.weight"),
         ("decoder.layers.0.mlp.experts.local_experts.2.linear_fc2.weight",
          "decoder.layers.6.mlp.experts.local_experts.10.linear_fc2.weight"),
+        ("decoder.layers.0.self_attention.linear_qkv.adapter.adapter_q.linear_in.weight",
+         "decoder.layers.6.self_attention.linear_qkv.adapter.adapter_q.linear_in.weight"),
+        ("decoder.layers.0.mlp.experts.linear_fc2.adapter.linear_out.weight3",
+         "decoder.layers.6.mlp.experts.local_experts.11.linear_fc2.adapter.linear_out.weight"),
         ("decoder.layers.0.mlp.experts.linear_fc1.weight11", "decoder.layers.6.mlp.experts.local_experts.19.linear_fc1.weight"),
     ],
 )  # fmt: skip

@@ -74,6 +74,11 @@ def module(tmp_path):
     return load
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_module_with_an_unknown_escape_loads_without_a_word(module):
+    assert module(r'BAR = "\|"').BAR == r"\|"
+
+
 def test_a_rewritten_module_runs_on_the_cpu(module):
     made = module("""
         import torch

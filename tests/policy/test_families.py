@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
 from megapsft.checkpoint.hf import export_stream, import_hf, read_config
+from megapsft.checkpoint.weights import rows_of
+from megapsft.checkpoint.weights.hf import HFWeights
+from megapsft.checkpoint.weights.part import language_model
 from megapsft.config import ModelConfig, ParallelConfig
 from megapsft.errors import Refused
 from megapsft.models.families import family_of
 from megapsft.parallel import initialize, plan_mesh, shutdown
 from megapsft.policy.build import build_chunks, distribute, model_shape, transformer_config
 from tests.ranks import run_ranks
+from tests.vision import NESTED, RELEASED, qwen2_5_vl
 
 VOCAB = 131  # prime: every split pads it
 SIZES = dict(vocab_size=VOCAB, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
@@ -33,6 +36,8 @@ MODELS = {
     "qwen2": ("Qwen2", dict(rope_parameters=DEFAULT)),
     "qwen2-linear": ("Qwen2", dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0))),
     "llama": ("Llama", dict(rms_norm_eps=1e-5, rope_parameters=LLAMA3)),
+    "qwen2.5-vl": ("Qwen2_5_VL", dict(layout=RELEASED)),
+    "qwen2.5-vl-nested": ("Qwen2_5_VL", dict(layout=NESTED, tied=True)),
 }
 TP2 = dict(tensor_model_parallel_size=2)
 PP2 = dict(pipeline_model_parallel_size=2)
@@ -42,6 +47,8 @@ LAYOUTS = [
     ("qwen3-tied", 2, PP2),
     ("qwen3-tied", 4, {**TP2, **PP2, "virtual_pipeline_model_parallel_size": 2}),
     ("qwen3", 2, {}),  # two replicas
+    ("qwen2.5-vl", 2, TP2),
+    ("qwen2.5-vl-nested", 2, PP2),
     ("qwen3-moe", 2, EP2),
     ("qwen3-moe", 4, {**TP2, **PP2, **EP2}),
     ("qwen3-moe", 4, {**TP2, "expert_model_parallel_size": 2, "expert_tensor_parallel_size": 2}),
@@ -51,6 +58,9 @@ LAYOUTS = [
 def make(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """A random model whose norms and biases, too, are not what an untouched parameter would hold."""
     prefix, options = MODELS[name]
+    if prefix == "Qwen2_5_VL":
+        qwen2_5_vl(folder, **options)
+        return
     torch.manual_seed(0)
     config = getattr(transformers, f"{prefix}Config")(**SIZES, **options)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config)
@@ -114,7 +124,9 @@ def mismatched(built: Path, imported: Path) -> list[str]:
 
 def check_export(folder: Path, results: list) -> None:
     """That rank 0 has the source's tensors bit by bit, and the other ranks the same names."""
-    source = load_file(folder / "model.safetensors")
+    hf = read_config(folder)
+    stored = HFWeights(folder, spelling=family_of(hf).spelling)
+    source = {name: rows_of(stored, name) for name in language_model(stored, family_of(hf)).tensors}
     _, _, first = results[0]
     assert [name for name, _ in first] == sources(folder)
     assert {name for name, _ in first} == set(source)
@@ -136,7 +148,8 @@ def test_logits_are_those_of_transformers_and_the_weights_come_back(name, tmp_pa
     make(name, tmp_path)
     results = run_ranks(1, megatron, tmp_path, 1, {})
     check_export(tmp_path, results)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    architecture = getattr(transformers, read_config(tmp_path).architecture)
+    model = architecture.from_pretrained(tmp_path, attn_implementation="eager").eval()
     with torch.no_grad():
         expected = model(token_ids()).logits
     torch.testing.assert_close(torch.from_numpy(results[0][1]), expected, atol=1e-4, rtol=0)

@@ -74,8 +74,9 @@ def minibatch(rollouts) -> Minibatch:
     )  # fmt: skip
     tokens = int(mask.sum())
     return Minibatch(
-        microbatches=(microbatch,), trained_tokens=tokens, forward_tokens=mask.numel(), real_tokens=tokens, samples=len(rows)
-    )
+        microbatches=(microbatch,), trained_tokens=tokens, forward_tokens=mask.numel(), real_tokens=tokens,
+        squared_lengths=sum(len(row) ** 2 for row in rows), samples=len(rows),
+    )  # fmt: skip
 
 
 def teacher_forced(policy, rollouts, temperature) -> list[float]:

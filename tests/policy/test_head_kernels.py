@@ -1,4 +1,4 @@
-"""The head's Triton kernels without a GPU: run in Triton's interpreter, and compiled for an H200.
+"""The head's Triton kernels without a GPU: run in Triton's interpreter, and compiled for A100, H200 and B200.
 
 Triton reads TRITON_INTERPRET when it is imported, so the kernels run in a process of their own, one for all cases:
 `python -m tests.policy.test_head_kernels interpret` prints, per case, [deviation, tolerance] of whatever it looked at. On a GPU:
@@ -7,6 +7,7 @@ tests/gpu/test_head.py.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -28,6 +29,8 @@ from tests.ranks import run_ranks
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 ROUNDING = {"fp32": 1e-5, "bf16": 2**-7, "fp16": 2**-10}  # one unit in the last place: the interpreter cuts bf16 off
+CAPABILITIES = (80, 90, 100)  # A100, H100 and H200, B200
+SLABS = (("bf16", True), ("fp32", False))  # dtype, and whether rows are aligned
 SHARDS = (2501, 1, 2048, 45)  # of blocks of 2048 columns: one and a part, one word, one exactly, a small part
 
 
@@ -157,6 +160,17 @@ def no_logits(tokens, columns):
     }
 
 
+def as_on_a_gpu(term):
+    """What tests/gpu/test_head.py does, at a small size: it fails by raising."""
+    from tests.gpu import test_head as there
+
+    there.DEVICE, there.VOCAB, there.PADDED, there.SLAB = "cpu", 101, 128, 4 * 40 * 64
+    there.check((24, 40), torch.float32, TERMS[term], 0.6, 1e-4, lambda name, value: None)
+    there.same_bits((24, 40), TERMS[term])
+    there.test_kernels_on_the_same_logits(TERMS[term], torch.float32, 47)
+    return {"raised": [0, 0]}
+
+
 def far_apart(turned):
     """Logits whose offsets do not fit 32 bits, in a file that is all holes."""
     from megapsft.policy.head import triton_kernels as kernels
@@ -214,6 +228,7 @@ for term in TERMS:
     CASES[f"head {term} padded, in one slab"] = (whole_head, term, "fp32", 128, 10**9, True, 101)
 CASES |= {f"head that keeps its slab {dtype}": (whole_head, "none", dtype, 101, 10**9, False) for dtype in ("fp32", "bf16")}
 CASES |= {f"head that kept its slab, again {dtype}": (kept_and_read_twice, dtype) for dtype in ("fp64", "fp32", "bf16")}
+CASES |= {f"as on a GPU {term}": (as_on_a_gpu, term) for term in TERMS}
 CASES["head by blocks and slabs"] = (whole_head, "forward_kl", "fp32", 5003, 4 * 9 * 2500)
 CASES |= {f"ranks {term}": (real_shards, term, 2, 101, 128) for term in ("none", "gem logsigmoid")}
 CASES["ranks of padding"] = (real_shards, "forward_kl", 4, 60, 256)
@@ -233,32 +248,49 @@ def interpret():
 
 
 def compile_all():
-    """Loads of 128 bits in the PTX for an H200, of both kernels for every term: of bf16 slabs whose rows are aligned."""
+    """Of both kernels for every term, dtype and kind of GPU: loads of 128 bits in the PTX, and what ptxas gave them.
+
+    `aligned`: rows that begin at multiples of 16 bytes, as slabs of a multiple of 64 columns have them.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
 
     from megapsft.policy.head import triton_kernels as kernels
 
     found = {}
-    for name, term in TERMS.items():
+    for capability, (name, term), (dtype, aligned) in itertools.product(CAPABILITIES, TERMS.items(), SLABS):
         types = dict.fromkeys(("stats", "known_top", "known_total", "mean", "target", "of_logprobs", "of_entropy"), "*fp32")
-        types |= {"labels": "*i64", "part": "*bf16"} | dict.fromkeys(("tokens", "columns", "row_stride", "ref_row_stride"), "i32")
-        types |= dict.fromkeys(("scale", "sharpness"), "fp32") | ({"ref": "*bf16"} if term is not None else {})
+        types |= {"labels": "*i64", "part": f"*{dtype}"}
+        types |= dict.fromkeys(("tokens", "columns", "row_stride", "ref_row_stride"), "i32")
+        types |= dict.fromkeys(("scale", "sharpness"), "fp32") | ({"ref": f"*{dtype}"} if term is not None else {})
         of_a_term = ("known_target", "known_ref_top", "other_total", "level", "of_term")
         types |= dict.fromkeys(of_a_term, "*fp32") if term is not None else {}
         constants = {"column_stride": 1, "ref_column_stride": 1, "BLOCK": kernels.BLOCK} | kernels._switches(term)
         for kernel in (kernels._statistics, kernels._gradient):
             signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
-            aligned = [i for i, kind in enumerate(signature.values()) if kind.startswith("*") or kind == "i32"]
+            of_16 = [i for i, kind in enumerate(signature.values()) if kind.startswith("*") or (aligned and kind == "i32")]
             source = triton.compiler.ASTSource(
                 kernel,
                 signature,
                 {argument: constants.get(argument) for argument, kind in signature.items() if kind == "constexpr"},
-                {(i,): [["tt.divisibility", 16]] for i in aligned},
+                {(i,): [["tt.divisibility", 16]] for i in of_16},
             )
-            made = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": kernels.WARPS})
-            found[f"{name}, {kernel.__name__}"] = len(re.findall(r"ld\.global\S*\.v4", made.asm["ptx"]))
+            made = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": kernels.WARPS})
+            wide = len(re.findall(r"ld\.global\S*\.v4", made.asm["ptx"]))
+            case = f"sm_{capability}, {name}, {dtype}{', aligned' if aligned else ''}, {kernel.__name__}"
+            found[case] = {"wide loads": wide, **resources(made.asm["cubin"])}
     return found
+
+
+def resources(cubin):
+    """Registers of a thread, its bytes of stack and local memory (spills), and bytes of shared memory, of the one kernel."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        command = [str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
 
 
 def child(what, **environment):
@@ -287,11 +319,23 @@ def test_interpreted(case, interpreted):
     assert {what: found for what, found in interpreted[case].items() if not found[0] <= found[1]} == {}
 
 
-def test_they_compile_for_an_h200_and_read_each_logit_once(tmp_path):
-    wide = child("compile", TRITON_CACHE_DIR=str(tmp_path))
-    assert wide == {
-        f"{term}, {kernel}": 2 if term.endswith("kl") else 1 for term in TERMS for kernel in ("_statistics", "_gradient")
-    }
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    return child("compile", TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton")))
+
+
+def test_every_kernel_compiles_for_every_gpu_and_nothing_spills(compiled):
+    assert len(compiled) == len(CAPABILITIES) * len(TERMS) * len(SLABS) * 2
+    for case, found in compiled.items():
+        assert (found["STACK"], found["LOCAL"]) == (0, 0), f"{case} keeps something in local memory: {found}"
+        assert 0 < found["REG"] <= 128, f"{case} leaves a multiprocessor fewer than two programs: {found}"
+        assert found["SHARED"] <= 2048, case  # the reduction over a row's warps
+
+
+def test_of_bf16_logits_each_is_read_once_in_loads_of_16_bytes(compiled):
+    wide = {case: found["wide loads"] for case, found in compiled.items() if "bf16, aligned" in case}
+    assert wide == {case: 2 if "_kl," in case else 1 for case in wide}
+    assert len(wide) == len(CAPABILITIES) * len(TERMS) * 2
 
 
 if __name__ == "__main__":

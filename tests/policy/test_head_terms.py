@@ -59,7 +59,8 @@ def head(
 
 def loss_of(outputs):
     """A scalar in which every token and every output has a weight of its own."""
-    return sum((torch.linspace(0.5, 1.5, len(x), dtype=x.dtype).roll(i) * x).sum() for i, x in enumerate(outputs))
+    weights = (torch.linspace(0.5, 1.5, len(x), dtype=x.dtype, device=x.device).roll(i) for i, x in enumerate(outputs))
+    return sum((weight * x).sum() for weight, x in zip(weights, outputs, strict=True))
 
 
 def check(outputs, grads, expected, expected_grads, tolerance):

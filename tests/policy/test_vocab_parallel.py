@@ -101,6 +101,18 @@ def test_chunks_do_not_change_a_thing(chunk_bytes):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("chunk_bytes", [300, 10**9])
+def test_a_frozen_weight_has_no_gradient_and_changes_none(chunk_bytes):
+    hidden, weight, labels = inputs(211)
+    gradients = []
+    for frozen in (False, True):
+        at, by = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+        loss_of(*head(at, by, labels, chunk_bytes)).backward()
+        assert (by.grad is None) == frozen
+        gradients.append(at.grad)
+    assert torch.equal(*gradients)
+
+
 def test_padded_words_have_no_probability_and_no_gradient():
     hidden, weight, labels = inputs(101)
     padded = torch.cat([weight, torch.full((27, D), 50.0, dtype=weight.dtype)]).requires_grad_()
@@ -164,6 +176,22 @@ def test_tokens_by_tiles_have_the_gradients_of_one_tile(chunk_bytes, monkeypatch
         grads.append(torch.autograd.grad(loss_of(*head(*operands, labels, chunk_bytes)), operands))
     for one, tiles in zip(*grads, strict=True):
         torch.testing.assert_close(tiles, one, rtol=1e-12, atol=1e-12)
+
+
+def test_a_large_budget_is_spent_on_tokens_first_and_then_on_columns():
+    """One product over all tokens writes the weight's gradient; several need an fp32 sum beside it."""
+
+    def tile(tokens, chunk_bytes, columns=151_936):
+        vocabulary = chunked.Vocabulary(
+            group=None, first=0, columns=columns, chunk_bytes=chunk_bytes, temperature=1.0, entropy_gradient=False, term=None
+        )
+        return chunked._tile(tokens, vocabulary)
+
+    assert tile(32_768, 2**26) == (8192, 2048)
+    assert tile(32_768, 2**28) == (32_768, 2048)
+    assert tile(32_768, 2**30) == (32_768, 8192)
+    assert tile(8192, 2**30) == (8192, 32_768)
+    assert tile(500, 2**20) == (500, 512)
 
 
 def test_what_was_kept_is_not_read_twice():

@@ -1,99 +1,66 @@
-"""The first minibatch of a step is its own old policy: every ratio is exactly 1, and no pass is made to find that out.
+"""The first minibatch of a step takes its old policy from the training pass itself, whatever the objective.
 
-For every objective that has an old policy, and for options that must know it beforehand.
+Where something is summed up of the old policy before the update, there is a pass before it after all.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
 
 import pytest
-import torch
 
-from megapsft.config import load_config
 from megapsft.data.arithmetic import generate, rollouts, write_jsonl
 from megapsft.objectives.registry import build_objective, objective_names
-from megapsft.parallel import initialize, shutdown
+from megapsft.parallel import initialize
+from megapsft.policy.reference import Swapped
 from megapsft.train.optimizer import build_optimizer
 from megapsft.train.phases import has_old_policy
-from megapsft.train.plan import plan_run
-from megapsft.train.prepare import with_advantages, with_constants
-from megapsft.train.run import Run, build_critic, build_policy, build_reference
+from megapsft.train.prepare import with_constants
+from megapsft.train.run import Run, build_policy
 from megapsft.train.update import update
+from megapsft.types import TrainBatch
+from tests.invariants.objectives import make_plan, prepare
+from tests.objectives.test_contract import variants
 from tests.ranks import run_ranks
+from tests.train.test_update import shutdown
 
-REQUIRED = {"dr_grpo": ("objective.max_response_length=512",)}
-BEFOREHAND = {  # what is counted from the old policy before the first update
-    "psft over selected tokens": ("psft", "objective.entropy_threshold=5.0", "objective.entropy_denominator=selected"),
-    "ppo with a KL in the reward": ("ppo", "objective.reward_kl_coef=0.1"),
-}
-CASES = {
-    name: (name, *REQUIRED.get(name, ()))
-    for name in objective_names()
-    if has_old_policy(build_objective({"name": name} | ({"max_response_length": 512} if name in REQUIRED else {})))
-} | BEFOREHAND
+SECTIONS = [{"name": name} | variants(name)[0] for name in objective_names()]
+SUMMED = [{"name": "psft", "entropy_threshold": 5.0, "entropy_denominator": "selected"}, {"name": "ppo", "reward_kl_coef": 0.1}]
+WITH_OLD = [section for section in SECTIONS + SUMMED if has_old_policy(build_objective(section))]
+REPLAY = ["model.moe_routing_replay=true"]
 
 
-@dataclass(frozen=True)
-class Step:
-    """What a step of two updates did."""
-
-    passes: int  # forward passes without gradient before the first update, of one microbatch each
-    microbatches: tuple[int, ...]  # of each update
-    has_reference: bool
-    ratios: tuple[dict[str, float], ...]  # smallest and largest of each update
-
-
-@pytest.fixture(scope="module")
-def steps(tiny_models, tmp_path_factory) -> dict[str, Step]:
-    data = tmp_path_factory.mktemp("old policy") / "rollouts.jsonl"
-    write_jsonl(data, rollouts(generate(8, 0), 0, 3))
-    return run_ranks(1, _steps, tiny_models("qwen3"), data)[0]
+@pytest.mark.parametrize(("family", "more", "sections"), [("qwen3", [], WITH_OLD), ("qwen3_moe", REPLAY, [{"name": "psft"}])])
+def test_its_own_pass_has_the_bits_of_one_before_it(family, more, sections, tiny_models, tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    write_jsonl(path, rollouts(generate(8, 7), seed=0, each=1))
+    (found,) = run_ranks(1, compare, tiny_models(family), path, more, sections)
+    assert len(WITH_OLD) > 10
+    for section, (beforehand, own, explicit) in zip(sections, found, strict=True):
+        assert beforehand == (section in SUMMED), section
+        assert own == explicit, section
 
 
-def _steps(model, data) -> dict[str, Step]:
-    found, policy, counted = {}, None, []
-    for case, (name, *options) in CASES.items():
-        config = load_config(
-            None,
-            [
-                f"model.path={model}", f"data.path={data}", "data.kind=rollouts", f"objective.name={name}", *options,
-                "model.dtype=bfloat16", "train.batch_size=4", "train.minibatch_size=2", "data.pack_length=512",
-            ],
-        )  # fmt: skip
-        plan = plan_run(config, 1)
-        if policy is None:
-            initialize(plan.mesh, config.parallel, seed=1)
-            policy = build_policy(plan)
-            optimizer = build_optimizer(config.optimizer, config.parallel, policy)
-            policy.gpt_models()[0].register_forward_pre_hook(lambda *_: counted.append(torch.is_grad_enabled()))
-        run, phase = Run(plan, policy, optimizer, None, plan.rows, None, None), plan.phases[-1]
-        reference = build_reference(plan, policy) if plan.needs_reference(phase) else None
-        batch = run.pack(with_advantages(plan.rows.next_groups(0), phase.objective), phase.objective)
-        counted.clear()
-        batch = with_constants(policy, reference, batch, phase.objective)
-        passes = counted.count(False)
-        if phase.objective.critic:
-            batch = build_critic(plan).with_values(batch, phase.objective)
-        reports = [update(policy, phase.objective, optimizer, one, 1e-2, reference) for one in batch.minibatches]
-        ends = ("ratio_min", "ratio_max")
-        ratios = [{k: v for k, v in report.metrics.items() if k.endswith(ends)} for report in reports]
-        sizes = tuple(len(minibatch.microbatches) for minibatch in batch.minibatches)
-        found[case] = Step(passes, sizes, reference is not None, tuple(ratios))
+def compare(model, path, more, sections):
+    """Of each objective: whether the first minibatch was given an old policy, and the metrics with its own and with another."""
+    plan = make_plan(model, path, "rollouts", ("data.pack_length=256", *more))
+    initialize(plan.mesh, plan.config.parallel, seed=1)
+    policy = build_policy(plan)
+    optimizer = build_optimizer(plan.config.optimizer, plan.config.parallel, policy)
+    reference, results = Swapped(), []
+    reference.take(policy)
+    for section in sections:
+        objective = build_objective(section)
+        run = Run(plan, policy, optimizer, None, plan.rows, None, None, reference=reference)
+        run, batch = prepare(run, objective)  # with an old policy of a pass of its own
+        (explicit,) = batch.minibatches
+        bare = tuple(
+            dataclasses.replace(m, old_logprobs=None, old_entropy=None, routing=None, ref_logprobs=None, ref_hidden=None)
+            for m in explicit.microbatches
+        )
+        first = TrainBatch(minibatches=(dataclasses.replace(explicit, microbatches=bare),))
+        (own,) = with_constants(policy, reference, first, objective).minibatches
+        reports = [update(policy, objective, optimizer, minibatch, 0.0, reference) for minibatch in (own, explicit)]
+        results.append((own.microbatches[0].old_logprobs is not None, *(report.metrics for report in reports)))
     shutdown()
-    return found
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_the_first_ratios_are_1_and_cost_nothing(case, steps):
-    step = steps[case]
-    first, second = step.ratios
-    assert set(first.values()) == {1.0}
-    assert set(second.values()) != {1.0}  # the weights have moved
-    old = sum(step.microbatches) if case in BEFOREHAND else step.microbatches[1]
-    assert step.passes == old + (sum(step.microbatches) if step.has_reference else 0)
-    assert step.microbatches[0] > 1
-
-
-def test_the_objectives_that_are_meant(steps):
-    assert {"psft", "grpo", "dapo", "dr_grpo", "gspo", "cispo", "ppo", "luffy", "hpt"} <= set(steps)
+    return results

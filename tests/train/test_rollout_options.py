@@ -8,6 +8,7 @@ from megapsft.config import load_config
 from megapsft.errors import Refused
 from megapsft.train import rollout_options
 from megapsft.train.rollout_options import check_options
+from tests.shipped import FOLDER
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +60,14 @@ REPLAY = "model.moe_routing_replay=rollout"
 def test_what_is_refused(overrides, refusal):
     with pytest.raises(Refused, match=refusal):
         check_options(load_config(None, overrides))
+
+
+@pytest.mark.parametrize("more", [[], ["rollout.urls=[http://127.0.0.1:1]"]])
+def test_servers_are_refused_for_a_model_that_they_are_not_given(more):
+    model = FOLDER / "models/Qwen2.5-VL-7B-Instruct"
+    with pytest.raises(Refused, match="rollout.engine=sglang: is not for Qwen2_5_VLForCond.*torchvision; use the engine"):
+        check_options(load_config(None, [*SGLANG, f"model.path={model}", *more]))
+    check_options(load_config(None, [*PROMPTS, f"model.path={model}"]))
 
 
 def test_fp8_without_a_gpu_is_refused_and_with_one_is_not(monkeypatch):

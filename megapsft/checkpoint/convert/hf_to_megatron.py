@@ -2,6 +2,7 @@
 
 OUT/config.json, tokenizer, ...          as in the Hugging Face folder: OUT can be a run's model.path
 OUT/release/                             the checkpoint: .metadata, common.pt, metadata.json, *.distcp
+OUT/carried.safetensors                  what the model has beside its language model, such as a vision tower
 OUT/latest_checkpointed_iteration.txt    "release": Megatron-LM's --load OUT
 OUT/conversion.json                      what was done, with the hash of every tensor
 """
@@ -13,11 +14,22 @@ from pathlib import Path
 
 import torch
 
+from megapsft.checkpoint.carried import target_of
 from megapsft.checkpoint.convert.run import Conversion, Result, convert
+from megapsft.checkpoint.convert.target import Target, Together
 from megapsft.checkpoint.convert.to_safetensors import ADAPTER
 from megapsft.checkpoint.convert.to_torch_dist import TorchDistTarget
 from megapsft.checkpoint.convert.workers import Options
-from megapsft.checkpoint.hf_folder import NOT_WEIGHTS, RELEASE, check_keys, check_tied, in_full, read_config
+from megapsft.checkpoint.hf_folder import (
+    NOT_WEIGHTS,
+    RELEASE,
+    Carried,
+    check_keys,
+    check_tied,
+    in_full,
+    open_carried,
+    read_config,
+)
 from megapsft.checkpoint.hf_save import companions, copy_companions, lacks, write_config
 from megapsft.checkpoint.weights import Weights
 from megapsft.checkpoint.weights.beside import Beside
@@ -26,6 +38,7 @@ from megapsft.checkpoint.weights.hashed import Hashed
 from megapsft.checkpoint.weights.hf import HFWeights
 from megapsft.checkpoint.weights.lora import CONFIG as ADAPTER_CONFIG
 from megapsft.checkpoint.weights.lora import Adapter, Merged
+from megapsft.checkpoint.weights.part import carried, language_model
 from megapsft.checkpoint.weights.torch_dist import DistWeights
 from megapsft.errors import Refused
 from megapsft.models.adapters import adapter_rules
@@ -49,7 +62,7 @@ def hf_to_megatron(
     """Convert the folder `hf_dir` to `out`.
 
     Args:
-        dtype: bf16, fp16 or fp32; None: as stored, FP8 as bf16.
+        dtype: bf16, fp16 or fp32; None: as stored, FP8 as bf16. What is carried along keeps its own.
         adapter_dir: a LoRA adapter as PEFT saves it, which is merged.
         keep_adapter: do not merge it, but keep it beside the base.
 
@@ -59,10 +72,12 @@ def hf_to_megatron(
     """
     options = options or Options()
     hf = read_config(hf_dir)
-    rules = family_of(hf).parameters(hf)
-    stored = HFWeights(hf_dir, options.direct)
+    family = family_of(hf)
+    rules = family.parameters(hf)
+    stored = HFWeights(hf_dir, options.direct, family.spelling)
     sources = Hashed(stored)
-    weights = in_full(sources, hf, DTYPES[dtype or "bf16"])
+    weights = in_full(language_model(sources, family), hf, DTYPES[dtype or "bf16"])
+    part = carried(sources, family)
     check_keys(rules, {name: tensor.shape for name, tensor in weights.tensors.items()}, hf.tie_word_embeddings)
     if hf.tie_word_embeddings:
         check_tied(stored)
@@ -70,6 +85,9 @@ def hf_to_megatron(
         weights = Cast(weights, DTYPES[dtype])
     if keep_adapter and adapter_dir is None:
         raise Refused("--keep-adapter", "keeps the adapter of --adapter, which is not given", "give --adapter, or leave it out")
+    if adapter_dir is not None and part is not None:
+        rule = f"is not merged into {hf.architecture}, whose modules PEFT calls otherwise than its files do"
+        raise Refused(f"--adapter {adapter_dir}", rule, "merge it with PEFT's merge_and_unload, and convert that model")
     adapter = Adapter.open(adapter_dir, options.direct) if adapter_dir is not None else None
     beside: tuple[Rule, ...] = ()
     if adapter is not None:
@@ -85,6 +103,12 @@ def hf_to_megatron(
     twice = hf.tie_word_embeddings and HF_OUTPUT in stored.tensors
     kept = dtypes.pop()
     needed = {name: weights.tensors[name] for name in (*names, *(name for rule in beside for name in rule.sources))}
+    if part is not None:
+        weights = Beside(weights, part)
+
+    def target(folder: Path) -> Target:
+        megatron = TorchDistTarget(folder / RELEASE, needed, hf, options.direct, beside)
+        return megatron if part is None else Together(megatron, target_of(Carried(part, stored), folder, options.direct))
 
     def finish(folder: Path) -> None:
         write_config(hf, kept, folder)
@@ -98,8 +122,8 @@ def hf_to_megatron(
         weights=weights,
         sources=sources,
         source_files=[*stored.files, hf_dir / "config.json", *(adapter.files if adapter is not None else ())],
-        target=lambda folder: TorchDistTarget(folder / RELEASE, needed, hf, options.direct, beside),
-        reopen=lambda folder: with_adapter(folder / RELEASE, hf, options),
+        target=target,
+        reopen=lambda folder: as_written(folder / RELEASE, folder, hf, options),
         finish=finish,
         about={
             "direction": "hf-to-megatron",
@@ -120,7 +144,13 @@ def hf_to_megatron(
     return convert(plan, out)
 
 
-def with_adapter(checkpoint: Path, hf: HFConfig, options: Options) -> Weights:
-    """The weights in a checkpoint, and those of the adapter that it keeps beside them."""
+def as_written(checkpoint: Path, model: Path, hf: HFConfig, options: Options) -> DistWeights | Beside:
+    """The weights in a checkpoint, those of the adapter that it keeps beside them, and what the folder `model` carries along."""
     base = DistWeights(checkpoint, hf, options.direct)
-    return Beside(base, DistWeights(checkpoint, hf, options.direct, adapter=True)) if base.has_adapter else base
+    more: list[Weights] = []
+    if base.has_adapter:
+        more.append(DistWeights(checkpoint, hf, options.direct, adapter=True))
+    found = open_carried(model, family_of(hf), options.direct)
+    if found is not None:
+        more.append(found.part)
+    return Beside(base, *more) if more else base

@@ -55,7 +55,7 @@ def _in_transformers(side: Side, tokens: Tensor, rounded: torch.dtype) -> Tensor
         rule = "is in FP8, which transformers computes on a GPU only"
         raise Refused(str(side.path), rule, "leave out --logits, or compare an export without --fp8-blockwise")
     transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(side.path, dtype=rounded).float().eval()
+    model = getattr(transformers, side.hf.architecture).from_pretrained(side.path, dtype=rounded).float().eval()
     return model(tokens).logits
 
 
@@ -69,7 +69,7 @@ def _in_megatron(side: Side, tokens: Tensor, rounded: torch.dtype) -> Tensor:
     initialize(mesh, parallel, seed=0)
     try:
         (chunk,) = build_chunks(transformer_config(family, side.hf, model, parallel, mesh), side.hf, model, mesh)
-        fill([chunk], ModelWeights(Cast(side.weights, rounded)), side.hf)
+        fill([chunk], ModelWeights(Cast(side.weights, rounded)).read, side.hf)
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         device = next(chunk.parameters()).device
         logits = chunk.eval()(tokens.to(device), positions.to(device), None)

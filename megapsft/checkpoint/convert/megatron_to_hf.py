@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megapsft.checkpoint.adapters import adapter_of, base_of, merged, merges_adapters
 from megapsft.checkpoint.convert.hf_to_megatron import DTYPES, LATEST
 from megapsft.checkpoint.convert.run import Conversion, Result, convert
-from megapsft.checkpoint.convert.to_safetensors import ADAPTER, SafetensorsTarget
+from megapsft.checkpoint.convert.to_safetensors import ADAPTER, ADAPTER_FILE, SafetensorsTarget
 from megapsft.checkpoint.convert.workers import Options
-from megapsft.checkpoint.hf_folder import RELEASE, read_config
+from megapsft.checkpoint.hf_folder import RELEASE, open_carried, read_config
 from megapsft.checkpoint.hf_save import companions, copy_companions, lacks, stores_output_layer, write_config
 from megapsft.checkpoint.state import STATE, check_architecture, read_state
 from megapsft.checkpoint.weights import Weights
@@ -18,12 +19,14 @@ from megapsft.checkpoint.weights.beside import Beside
 from megapsft.checkpoint.weights.cast import Cast, Tied
 from megapsft.checkpoint.weights.fp8 import Quantised, linear_weights, quantization_config
 from megapsft.checkpoint.weights.hashed import Hashed
-from megapsft.checkpoint.weights.hf import FileWeights, HFWeights
+from megapsft.checkpoint.weights.hf import AS_HERE, FileWeights, HFWeights
 from megapsft.checkpoint.weights.lora import CONFIG as ADAPTER_CONFIG
-from megapsft.checkpoint.weights.lora import TENSORS as ADAPTER_TENSORS
+from megapsft.checkpoint.weights.part import Part
 from megapsft.checkpoint.weights.torch_dist import DistWeights
 from megapsft.config import load_config
 from megapsft.errors import Refused
+from megapsft.models.families import family_of
+from megapsft.models.names import Spelling
 
 SHARD_BYTES = 5 * 10**9  # as Hugging Face has them
 
@@ -43,13 +46,15 @@ def megatron_to_hf(
     fp8_blockwise: bool = False,
     max_shard_bytes: int = SHARD_BYTES,
     options: Options | None = None,
+    base: Path | None = None,
 ) -> Result:
-    """Convert the checkpoint that `find` finds at `megatron` to `out`.
+    """Convert the checkpoint that `find` finds at `megatron` to `out`. Adapters of a run are merged into what they are beside.
 
     Args:
-        hf_dir: folder with the config and tokenizer; None: what the run, or the import, says.
-        dtype: bf16, fp16 or fp32; None: as stored.
+        hf_dir: folder with the config, the tokenizer and what is carried along; None: what the run, or the import, says.
+        dtype: bf16, fp16 or fp32; None: as stored. What is carried along keeps its own.
         fp8_blockwise: linear layers in FP8, with a scale for each block of 128 x 128.
+        base: of a run that trained adapters, the model that it started from; None: where the run found it.
 
     Raises:
         Refused: a checkpoint that is not whole or not of this model; and what `convert` refuses. Nothing is written then.
@@ -61,18 +66,29 @@ def megatron_to_hf(
     if (found.checkpoint / STATE).is_file():
         state = read_state(found.checkpoint)
         check_architecture(found.checkpoint, state, hf)
-    stored = DistWeights(found.checkpoint, hf, options.direct)
-    sources = Hashed(stored)
-    weights: Weights = sources
-    if dtype is not None and any(tensor.dtype != DTYPES[dtype] for tensor in weights.tensors.values()):
+    merges = merges_adapters(state)
+    stored = DistWeights(found.checkpoint, hf, options.direct, adapter=merges)
+    carried = open_carried(found.model, family_of(hf), options.direct)
+    if carried is not None and fp8_blockwise:
+        rule = f"would say of all of {hf.architecture} that it is in FP8, and what is carried along is not"
+        raise Refused("--fp8-blockwise", rule, "leave it out")
+    own = base_of(found.checkpoint, state, found.model, hf, base) if merges else stored
+    sources = Hashed(own if carried is None else Beside(own, carried.part))
+    weights: Weights = sources if carried is None else Part(sources, own.tensors)
+    if merges:
+        weights = merged(weights, adapter_of(stored, found.model), DTYPES.get(dtype), hf)
+    elif dtype is not None and any(tensor.dtype != DTYPES[dtype] for tensor in weights.tensors.values()):
         weights = Cast(weights, DTYPES[dtype])
     if hf.tie_word_embeddings and stores_output_layer(found.model):
         weights = Tied(weights)
     kept = next(iter(weights.tensors.values())).dtype
     if fp8_blockwise:
         weights = Quantised(weights, linear_weights(hf))
-    base, adapter = weights.tensors, None
-    if stored.has_adapter:
+    if carried is not None:
+        weights = Beside(weights, Part(sources, carried.part.tensors))
+    spelling = AS_HERE if carried is None else carried.stored.spelling
+    plain, adapter = weights.tensors, None
+    if not merges and stored.has_adapter:
         adapter = DistWeights(found.checkpoint, hf, options.direct, adapter=True)
         weights = Beside(weights, adapter)
         if not (found.model / ADAPTER / ADAPTER_CONFIG).is_file():
@@ -88,18 +104,28 @@ def megatron_to_hf(
     plan = Conversion(
         weights=weights,
         sources=sources,
-        source_files=[*stored.files, found.checkpoint / ".metadata", found.model / "config.json"],
+        source_files=[
+            *stored.files,
+            found.checkpoint / ".metadata",
+            found.model / "config.json",
+            *(carried.stored.files if carried is not None else ()),
+        ],
         target=lambda folder: SafetensorsTarget(
-            folder, base, max_shard_bytes, options.direct, None if adapter is None else adapter.tensors
+            folder,
+            plain,
+            max_shard_bytes,
+            options.direct,
+            None if adapter is None else {ADAPTER_FILE: adapter.tensors},
+            spelling,
         ),
-        reopen=lambda folder: _reopen(folder, adapter is not None, options),
+        reopen=lambda folder: _reopen(folder, adapter is not None, spelling, options),
         finish=finish,
         about={
             "direction": "megatron-to-hf",
             "architecture": hf.architecture,
             "dtype": str(kept).removeprefix("torch."),
             "fp8_blockwise": fp8_blockwise,
-            "adapter": None if adapter is None else "kept beside",
+            "adapter": "merged" if merges else None if adapter is None else "kept beside",
             "checkpoint": found.checkpoint.name,
             "max_shard_bytes": max_shard_bytes,
             "companions": companions(found.model),
@@ -115,9 +141,9 @@ def megatron_to_hf(
     return convert(plan, out)
 
 
-def _reopen(folder: Path, adapter: bool, options: Options) -> Weights:
-    base = HFWeights(folder, options.direct)
-    return Beside(base, FileWeights(folder / ADAPTER / ADAPTER_TENSORS, options.direct)) if adapter else base
+def _reopen(folder: Path, adapter: bool, spelling: Spelling, options: Options) -> Weights:
+    base = HFWeights(folder, options.direct, spelling)
+    return Beside(base, FileWeights(folder / ADAPTER_FILE, options.direct)) if adapter else base
 
 
 def find(path: Path, hf_dir: Path | None = None) -> Found:

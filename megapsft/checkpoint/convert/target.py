@@ -39,3 +39,34 @@ class Target(Protocol):
     def close(self) -> None:
         """Write what makes the files a checkpoint: only now can it be read."""
         ...
+
+
+class Together:
+    """Several Targets as one; no two may have a tensor of the same name."""
+
+    def __init__(self, *targets: Target):
+        self._targets = targets
+        self._of = {name: target for target in targets for name in target.tensors}
+        self.tensors: dict[str, Stored] = {name: target.tensors[name] for name, target in self._of.items()}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(target.nbytes for target in self._targets)
+
+    def is_there(self) -> bool:
+        return all(target.is_there() for target in self._targets)
+
+    def open(self) -> None:
+        for target in self._targets:
+            target.open()
+
+    def write(self, name: str, start: int, data: Tensor) -> None:
+        self._of[name].write(name, start, data)
+
+    def sync(self) -> None:
+        for target in self._targets:
+            target.sync()
+
+    def close(self) -> None:
+        for target in self._targets:
+            target.close()

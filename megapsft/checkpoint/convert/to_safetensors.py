@@ -12,10 +12,12 @@ from torch import Tensor
 from megapsft.checkpoint.files import direct
 from megapsft.checkpoint.files.safetensors import Found, Layout, lay_out, shards
 from megapsft.checkpoint.weights import Stored
-from megapsft.checkpoint.weights.hf import INDEX, SINGLE
+from megapsft.checkpoint.weights.hf import AS_HERE, INDEX, SINGLE
 from megapsft.checkpoint.weights.lora import TENSORS as ADAPTER_TENSORS
+from megapsft.models.names import Spelling
 
 ADAPTER = "adapter"  # the folder beside the base
+ADAPTER_FILE = f"{ADAPTER}/{ADAPTER_TENSORS}"
 
 
 class SafetensorsTarget:
@@ -25,8 +27,9 @@ class SafetensorsTarget:
         folder: that the files go to; it is there.
         tensors: in the order of the files.
         max_shard_bytes: a file has no more data than this, unless it is one tensor.
-        adapter: tensors that go to a file of their own, as PEFT has it.
         direct: write past the page cache where the file system allows.
+        apart: by file, tensors that go to one of their own, such as an adapter, as PEFT has it.
+        spelling: of the names in the files.
     """
 
     def __init__(
@@ -35,21 +38,24 @@ class SafetensorsTarget:
         tensors: Mapping[str, Stored],
         max_shard_bytes: int,
         direct: bool = True,
-        adapter: Mapping[str, Stored] | None = None,
+        apart: Mapping[str, Mapping[str, Stored]] | None = None,
+        spelling: Spelling = AS_HERE,
     ):
-        self.folder, self.tensors, self._direct = folder, {**tensors, **(adapter or {})}, direct
-        parts = shards(tensors, max_shard_bytes)
+        apart = apart or {}
+        self.folder, self.tensors, self._direct = folder, dict(tensors), direct
+        self._spelling = spelling
+        parts = shards(tensors, max_shard_bytes) if tensors else []
         names = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
         if len(parts) == 1:
             names = [SINGLE]
-        self.layouts: dict[str, Layout] = {name: lay_out(part) for name, part in zip(names, parts, strict=True)}
+        self.layouts: dict[str, Layout] = {}
+        self._places: dict[str, tuple[str, Found]] = {}
         self._indexed = list(tensors) if len(parts) > 1 else []
-        if adapter:
-            self.layouts[f"{ADAPTER}/{ADAPTER_TENSORS}"] = lay_out(adapter)
+        for name, part in (*zip(names, parts, strict=True), *apart.items()):
+            layout = self.layouts[name] = lay_out({spelling.there(tensor): stored for tensor, stored in part.items()})
+            self._places |= {tensor: (name, layout.places[spelling.there(tensor)]) for tensor in part}
+            self.tensors |= part
         self._files: dict[str, direct.Target] = {}
-        self._places: dict[str, tuple[str, Found]] = {
-            tensor: (file, place) for file, layout in self.layouts.items() for tensor, place in layout.places.items()
-        }
 
     @property
     def nbytes(self) -> int:
@@ -79,6 +85,7 @@ class SafetensorsTarget:
         self._files = {}
         if self._indexed:
             total = sum(self.tensors[tensor].nbytes for tensor in self._indexed)
-            weight_map = {tensor: self._places[tensor][0] for tensor in sorted(self._indexed)}
+            spelt = {self._spelling.there(tensor): tensor for tensor in self._indexed}
+            weight_map = {name: self._places[spelt[name]][0] for name in sorted(spelt)}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megapsft.checkpoint.convert.hf_to_megatron import with_adapter
+from megapsft.checkpoint.adapters import adapter_of, base_of, merged, merges_adapters
+from megapsft.checkpoint.convert.hf_to_megatron import as_written
 from megapsft.checkpoint.convert.manifest import MANIFEST, describe, hash_outside, read_manifest
 from megapsft.checkpoint.convert.megatron_to_hf import find
-from megapsft.checkpoint.convert.to_safetensors import ADAPTER
+from megapsft.checkpoint.convert.to_safetensors import ADAPTER_FILE
 from megapsft.checkpoint.convert.workers import Options, Progress, each, read_rows, windows
 from megapsft.checkpoint.files.direct import Buffers, as_bytes
 from megapsft.checkpoint.hf_folder import NOT_WEIGHTS, is_hf, read_config
@@ -25,10 +26,10 @@ from megapsft.checkpoint.weights.beside import Beside
 from megapsft.checkpoint.weights.cast import Cast
 from megapsft.checkpoint.weights.fp8 import BLOCK, FP8, Quantised
 from megapsft.checkpoint.weights.hf import INDEX, SINGLE, FileWeights, HFWeights, some
-from megapsft.checkpoint.weights.lora import TENSORS as ADAPTER_TENSORS
 from megapsft.checkpoint.weights.torch_dist import DistWeights
 from megapsft.errors import Refused
 from megapsft.models.adapters import PREFIX
+from megapsft.models.families import family_of
 from megapsft.models.hf_config import HFConfig
 from megapsft.models.names import HF_EMBEDDING, HF_OUTPUT
 
@@ -84,17 +85,25 @@ def verify(hf_dir: Path, against: Path, model: Path | None = None, options: Opti
 
 
 def open_side(path: Path, model: Path | None, options: Options) -> Side:
-    """The weights at `path`, as they are stored, and the adapter beside them."""
+    """The weights at `path`, as they are stored, the adapter beside them, and what is carried along.
+
+    Those of a run that trained adapters are merged.
+    """
     path = Path(path)
     if is_hf(path):
-        file = path / ADAPTER / ADAPTER_TENSORS
-        base, manifest = HFWeights(path, options.direct), read_manifest(path)
+        hf, file = read_config(path), path / ADAPTER_FILE
+        base, manifest = HFWeights(path, options.direct, family_of(hf).spelling), read_manifest(path)
         stored = Beside(base, FileWeights(file, options.direct)) if file.is_file() else base
-        return Side(path, path, read_config(path), stored, stored, manifest, (manifest or {}).get("step"))
+        return Side(path, path, hf, stored, stored, manifest, (manifest or {}).get("step"))
     found = find(path, model)
-    hf, stored = read_config(found.model), with_adapter(found.checkpoint, read_config(found.model), options)
-    state = read_state(found.checkpoint) if (found.checkpoint / STATE).is_file() else {}
+    hf, state = read_config(found.model), read_state(found.checkpoint) if (found.checkpoint / STATE).is_file() else {}
     folder = found.checkpoint.parent
+    if merges_adapters(state):
+        stored = DistWeights(found.checkpoint, hf, options.direct, adapter=True)
+        base = base_of(found.checkpoint, state, found.model, hf)
+        weights = merged(base, adapter_of(stored, found.model), None, hf)
+        return Side(found.checkpoint, folder, hf, stored, weights, read_manifest(folder), state.get("step"))
+    stored = as_written(found.checkpoint, found.model, hf, options)
     return Side(found.checkpoint, folder, hf, stored, stored, read_manifest(folder), state.get("step"))
 
 

@@ -51,6 +51,12 @@ ALLOWED = {  # module -> names that may be called while unpickling
     "collections": {"OrderedDict"},
     "pathlib": {"Path", "PosixPath"},  # where torch's own writer wrote to
 }
+ALLOWED_IN_STATES = {  # in what Transformer Engine pickles of its own: the scales of FP8's delayed recipe
+    "transformer_engine.common.recipe": {"DelayedScaling", "Format", "MMParams", "_FormatHelper", "_OverrideLinearPrecision"},
+    "megatron.core.extensions.transformer_engine": {"TEDelayedScaling"},
+    "torch._utils": {"_rebuild_tensor_v2"},
+    "collections": {"OrderedDict"},
+}
 
 
 class Chunk(NamedTuple):
@@ -147,6 +153,8 @@ def read_metadata(folder: Path) -> Metadata:
 def check_harmless(folder: Path, index: Index) -> None:
     """That nothing in the checkpoint runs code when Megatron unpickles it: its common state and all that is not a tensor.
 
+    The common state is a file until Megatron-Core 0.18, an object among the others from 0.19 on.
+
     Raises:
         Refused: something is not made of plain values and tensors.
     """
@@ -154,15 +162,45 @@ def check_harmless(folder: Path, index: Index) -> None:
     records: Iterator[tuple[str, bytes]] = (
         (f"{folder / file}: {key}", _part_of(folder / file, offset, length)) for (file, offset, length), key in objects.items()
     )
-    for what, content in [(str(folder / COMMON), (folder / COMMON).read_bytes()), *records]:
+    common = [(str(folder / COMMON), (folder / COMMON).read_bytes())] if (folder / COMMON).exists() else []
+    for what, content in [*common, *records]:
         try:
             with torch.serialization.safe_globals([io.BytesIO]):  # what Transformer Engine's states are in
-                torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+                found = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+            if "._extra_state" in what:
+                _check_state(found)
         except pickle.UnpicklingError as error:
             reason = " ".join(str(error).split())[:200]
             raise Refused(what, f"is not made of plain values and tensors ({reason})", REMEDY) from None
         except Exception as error:  # an unpickler fails in any way on damaged bytes
             raise _damaged(what, error) from None
+
+
+def _check_state(state: Any) -> None:
+    """Unpickle what a layer of Transformer Engine pickled into bytes, without importing or calling anything that it names."""
+    if isinstance(state, io.BytesIO):
+        _States(state).load()
+    elif isinstance(state, torch.Tensor) and state.numel():
+        _States(io.BytesIO(state.numpy().tobytes())).load()
+
+
+class _States(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return lambda content: torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+        if name in ALLOWED_IN_STATES.get(module, ()):
+            return _Inert
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+class _Inert:
+    """Stands for anything that is allowed; does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any): ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
 
 
 class Envelope(NamedTuple):

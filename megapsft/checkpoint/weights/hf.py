@@ -13,10 +13,12 @@ from torch import Tensor
 from megapsft.checkpoint.files.direct import Buffers, Source, as_bytes
 from megapsft.checkpoint.files.safetensors import Found, read_header
 from megapsft.errors import Refused
+from megapsft.models.names import Spelling
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 SHOWN = 5  # names in a message
+AS_HERE = Spelling()
 
 
 class FileWeights:
@@ -25,20 +27,26 @@ class FileWeights:
     Args:
         found: by file, what is in it; or one file.
         direct: read past the page cache where the file system allows.
+        spelling: that the names in the files may have; if all of them do, they are here as everywhere else.
+
+    Attributes:
+        spelling: that the names in the files have.
 
     Raises:
         Refused: a truncated or corrupt file.
     """
 
-    def __init__(self, found: Path | Mapping[Path, Mapping[str, Found]], direct: bool = True):
+    def __init__(self, found: Path | Mapping[Path, Mapping[str, Found]], direct: bool = True, spelling: Spelling = AS_HERE):
         if isinstance(found, Path):
             found = {found: read_header(found)}
         self.files = list(found)
+        fits = all(spelling.fits(places) for places in found.values())
+        self.spelling = spelling if fits else AS_HERE
         self._found: dict[str, tuple[Source, Found]] = {}
         buffers = Buffers()
         for path, places in found.items():
             source = Source(path, buffers, direct)
-            self._found |= {name: (source, place) for name, place in places.items()}
+            self._found |= {self.spelling.here(name): (source, place) for name, place in places.items()}
         self.tensors = {name: place.stored for name, (_, place) in self._found.items()}
 
     def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
@@ -64,8 +72,8 @@ class HFWeights(FileWeights):
             file, tensors that the index lists but their file lacks, or that a file has but the index does not list.
     """
 
-    def __init__(self, model_dir: str | Path, direct: bool = True):
-        super().__init__(_tensors(Path(model_dir)), direct)
+    def __init__(self, model_dir: str | Path, direct: bool = True, spelling: Spelling = AS_HERE):
+        super().__init__(_tensors(Path(model_dir)), direct, spelling)
 
 
 def _tensors(folder: Path) -> dict[Path, dict[str, Found]]:

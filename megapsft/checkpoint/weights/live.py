@@ -10,8 +10,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megapsft.checkpoint.weights import Stored
+from megapsft.checkpoint.weights import Stored, Weights, rows_of
+from megapsft.checkpoint.weights.held_in_fp8 import values
+from megapsft.checkpoint.weights.lora import add_product
+from megapsft.config import LoRAConfig
 from megapsft.errors import Refused
+from megapsft.models.adapters import PREFIX, A, B, is_adapter, trained_rules
 from megapsft.models.families import family_of
 from megapsft.models.hf_config import HFConfig
 from megapsft.models.names import OUTPUT, canonical_name
@@ -43,18 +47,18 @@ class LiveWeights:
 
     Args:
         chunks: this rank's GPTModels, wrapped or not.
+        rules: of the family, or of the adapters beside it.
 
     Raises:
-        Refused: the model has a parameter that the family does not know, or no rank has one that it does.
+        Refused: the model has a parameter that the rules do not know, or no rank has one that they do.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], hf: HFConfig):
-        self._parameters = local_parameters(chunks, hf)
+    def __init__(self, chunks: Sequence[torch.nn.Module], hf: HFConfig, rules: Sequence[Rule]):
+        self._parameters = local_parameters(chunks, hf, rules)
         self._device = next(iter(self._parameters.values())).device
         self._rank = dist.get_rank()
         self.tensors: dict[str, Stored] = {}
         self._of: dict[str, _Parameter] = {}
-        rules = family_of(hf).parameters(hf)
         for rule, (owners, dtype, shape) in zip(rules, whereabouts(rules, self._parameters), strict=True):
             boxes, parts = [], []
             for rank, owner in enumerate(owners[:1] if rule.axis is None else owners):
@@ -78,7 +82,7 @@ class LiveWeights:
             rows = None
             if self._rank == part.owner:
                 low = part.at + first - box.row
-                rows = self._parameters[parameter.name].detach()[low : low + last - first]
+                rows = values(self._parameters[parameter.name])[low : low + last - first]
             if part.owner != 0 and self._rank == part.owner:
                 dist.send(rows.contiguous(), dst=0)
             elif part.owner != 0 and self._rank == 0:
@@ -90,13 +94,51 @@ class LiveWeights:
         gather(parameter.blocks, name, start, parameter.boxes, fill, out)
 
 
-def local_parameters(chunks: Sequence[torch.nn.Module], hf: HFConfig) -> dict[str, torch.nn.Parameter]:
-    """The parameters of this rank by their canonical names.
+class LiveMerged:
+    """The same with the adapters that are trained beside the weights merged into them, as an export of the run merges them.
+
+    Beyond what LiveWeights needs, rank 0 holds the two matrices of one adapter.
+
+    Args:
+        lora: what is trained.
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], hf: HFConfig, lora: LoRAConfig):
+        self._base = LiveWeights(chunks, hf, family_of(hf).parameters(hf))
+        self._adapter = LiveWeights(chunks, hf, trained_rules(hf, lora))
+        self.tensors = self._base.tensors
+        self._scaling = lora.alpha / lora.rank
+
+    def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        """As `LiveWeights.read`."""
+        self._base.read(name, start, stop, out)
+        a, b = (PREFIX + name.removesuffix(".weight") + half for half in (A, B))
+        if a not in self._adapter.tensors:
+            return
+        down, up = (rows_of(self._adapter, half).float() for half in (a, b))
+        if dist.get_rank() == 0:
+            add_product(out, out, start, len(up), lambda first, last: up[first:last], down, self._scaling)
+
+
+def live_weights(chunks: Sequence[torch.nn.Module], hf: HFConfig) -> Weights:
+    """The weights of a live model, adapters merged where it has some. Collective."""
+    lora = lora_of(chunks)
+    return LiveWeights(chunks, hf, family_of(hf).parameters(hf)) if lora is None else LiveMerged(chunks, hf, lora)
+
+
+def lora_of(chunks: Sequence[torch.nn.Module]) -> LoRAConfig | None:
+    """What adapters the model has."""
+    return getattr(unwrap(chunks[0]), "lora", None)
+
+
+def local_parameters(chunks: Sequence[torch.nn.Module], hf: HFConfig, rules: Sequence[Rule]) -> dict[str, torch.nn.Parameter]:
+    """The parameters of this rank by their canonical names: those of adapters, or of the model without them, as the rules are.
 
     Raises:
-        Refused: one name twice, or one that the family has no rule for.
+        Refused: one name twice, or one that there is no rule for.
     """
-    known = {rule.name for rule in family_of(hf).parameters(hf)} | {OUTPUT}
+    known = {rule.name for rule in rules} | {OUTPUT}
+    of_adapters = is_adapter(rules[0].name)
     expert_offset = 0
     if hf.num_experts:
         here = hf.num_experts // parallel_state.get_expert_model_parallel_world_size()
@@ -108,6 +150,8 @@ def local_parameters(chunks: Sequence[torch.nn.Module], hf: HFConfig) -> dict[st
         layer_offset = layers[0].layer_number - 1 if len(layers) else 0
         for local_name, parameter in model.named_parameters():
             name = canonical_name(local_name, layer_offset, expert_offset)
+            if is_adapter(name) != of_adapters:
+                continue
             if name not in known or name in found:
                 rule = "is there twice" if name in found else f"is not a parameter of {hf.architecture}"
                 raise Refused(f"parameter {name}", rule, "build the model with the family's own config and layer spec")

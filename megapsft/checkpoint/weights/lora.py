@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megapsft.checkpoint.files.direct import Buffers, Source, as_bytes
-from megapsft.checkpoint.files.safetensors import Found, read_header
+from megapsft.checkpoint.files.safetensors import read_header
 from megapsft.checkpoint.weights import Shape, Stored, Weights
 from megapsft.checkpoint.weights.hf import read_json, some
 from megapsft.errors import Refused
@@ -57,20 +57,50 @@ class Delta(NamedTuple):
     embedding: bool  # the matrix is [vocabulary, hidden], and A [rank, vocabulary]
 
 
+class File:
+    """The tensors of adapter_model.safetensors, by rows or by columns."""
+
+    def __init__(self, path: Path, direct: bool):
+        self.files, self._found = [path], read_header(path)
+        self.tensors = {name: place.stored for name, place in self._found.items()}
+        self._source = Source(path, Buffers(), direct)
+
+    def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
+        """Fill `out`, [stop - start, ...] and contiguous, with rows of a tensor, as it is stored."""
+        place = self._found[name]
+        self._source.read(place.offset + start * place.stored.row_bytes, as_bytes(out))
+
+    def columns(self, name: str, start: int, stop: int) -> Tensor:
+        """[rows, stop - start] of a matrix, as it is stored; of its rows, which may be long, nothing else is read."""
+        place = self._found[name]
+        found = torch.empty((place.stored.rows, stop - start), dtype=place.stored.dtype)
+        for row, out in enumerate(found):
+            offset = place.offset + row * place.stored.row_bytes + start * place.stored.dtype.itemsize
+            self._source.read(offset, as_bytes(out))
+        return found
+
+    def close(self) -> None:
+        self._source.close()
+
+
 class Adapter:
-    """The adapter in a folder; itself Weights, of its own tensors. Use `open`.
+    """The adapter of a folder, or of a checkpoint; itself Weights, of its own tensors. See `open`.
+
+    Args:
+        folder: where it is, for messages.
+        config: adapter_config.json.
+        weights: its tensors, by PEFT's names.
 
     Attributes:
-        config: adapter_config.json.
+        files: that it is read from.
         deltas: by the name of the base tensor that they are added to.
         replaced: base tensor -> tensor of the adapter that is there instead of it (modules_to_save).
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], found: Mapping[str, Found], direct: bool):
-        self.folder, self.config, self._found = folder, config, found
-        self.files = [folder / TENSORS, folder / CONFIG]
-        self.tensors = {name: place.stored for name, place in found.items()}
-        self._source = Source(folder / TENSORS, Buffers(), direct)
+    def __init__(self, folder: Path, config: Mapping[str, Any], weights: Weights):
+        self.folder, self.config, self._weights = folder, config, weights
+        self.files: list[Path] = weights.files
+        self.tensors = weights.tensors
         self.deltas: dict[str, Delta] = {}
         self.replaced: dict[str, str] = {}
         for name in self.tensors:
@@ -102,23 +132,18 @@ class Adapter:
                 rule = "is a pickle, which can run code when it is read; only safetensors are"
                 raise Refused(str(pickle), rule, "load it with PEFT, and save it again: save_pretrained writes safetensors")
             raise Refused(str(folder / TENSORS), "is missing", "name the folder of an adapter that PEFT saved")
-        adapter = cls(folder, config, read_header(folder / TENSORS), direct)
+        adapter = cls(folder, config, File(folder / TENSORS, direct))
+        adapter.files = [*adapter.files, folder / CONFIG]
         adapter._check_numbers()
         return adapter
 
     def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
         """Fill `out`, [stop - start, ...] and contiguous, with rows of a tensor of the adapter, as it is stored."""
-        place = self._found[name]
-        self._source.read(place.offset + start * place.stored.row_bytes, as_bytes(out))
+        self._weights.read(name, start, stop, out)
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
-        """[rows, stop - start] of a matrix, as it is stored; of its rows, which may be long, nothing else is read."""
-        place = self._found[name]
-        found = torch.empty((place.stored.rows, stop - start), dtype=place.stored.dtype)
-        for row, out in enumerate(found):
-            offset = place.offset + row * place.stored.row_bytes + start * place.stored.dtype.itemsize
-            self._source.read(offset, as_bytes(out))
-        return found
+        """[rows, stop - start] of the matrix of an embedding's adapter, which only a folder has."""
+        return self._weights.columns(name, start, stop)
 
     def linear_ranks(self) -> dict[str, int]:
         """Rank of the adapter of each linear layer, by module such as model.layers.0.self_attn.q_proj.
@@ -133,7 +158,7 @@ class Adapter:
         return {name.removesuffix(".weight"): delta.rank for name, delta in self.deltas.items()}
 
     def close(self) -> None:
-        self._source.close()
+        self._weights.close()
 
     def _take_pairs(self) -> set[str]:
         """Fill `deltas`; the tensors that they are of."""
@@ -232,23 +257,17 @@ class Merged:
         else:
             rows = torch.empty(out.shape, dtype=self._adapter.tensors[own].dtype)
             self._adapter.read(own, start, stop, rows)
-        if name not in self._adapter.deltas:
+        delta = self._adapter.deltas.get(name)
+        if delta is None:
             if rows is not out:
                 out.copy_(rows)
             return
-        for row, product in self._products(self._adapter.deltas[name], start, stop):
-            low, high = max(start, row), min(stop, row + len(product))
-            at = slice(low - start, high - start)
-            out[at] = product[low - row : high - row].add_(rows[at])
+        right = self._whole(delta.b).T if delta.embedding else self._whole(delta.a)
 
-    def _products(self, delta: Delta, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows of s B A in fp32) of the whole blocks that hold the rows `start` to `stop`."""
-        right = self._whole(delta.b if delta.embedding else delta.a)
-        right = right.T if delta.embedding else right
-        for row in range(start // ROWS * ROWS, stop, ROWS):
-            last = min(row + ROWS, delta.shape[0])
-            left = self._adapter.columns(delta.a, row, last).float().T if delta.embedding else self._rows(delta.b, row, last)
-            yield row, (left @ right).mul_(delta.scaling)
+        def left(first: int, last: int) -> Tensor:
+            return self._adapter.columns(delta.a, first, last).float().T if delta.embedding else self._rows(delta.b, first, last)
+
+        add_product(out, rows, start, delta.shape[0], left, right, delta.scaling)
 
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
         stored = self._adapter.tensors[name]
@@ -258,6 +277,26 @@ class Merged:
 
     def _whole(self, name: str) -> Tensor:
         return self._rows(name, 0, self._adapter.tensors[name].rows)
+
+
+def add_product(
+    out: Tensor, rows: Tensor, start: int, total: int, left: Callable[[int, int], Tensor], right: Tensor, scaling: float
+) -> None:
+    """out = rows + s (left @ right), of the rows from `start` on of a matrix of `total`; the one place that merges.
+
+    In fp32, on the CPU, rounded once to the dtype of `out`; always the same ROWS are multiplied at once.
+
+    Args:
+        out: [n, columns], may be `rows`.
+        left: gives its rows `first` to `last`, [last - first, r] in fp32.
+        right: [r, columns] in fp32.
+    """
+    stop = start + len(out)
+    for row in range(start // ROWS * ROWS, stop, ROWS):
+        product = (left(row, min(row + ROWS, total)) @ right).mul_(scaling)
+        low, high = max(start, row), min(stop, row + len(product))
+        at = slice(low - start, high - start)
+        out[at] = product[low - row : high - row].add_(rows[at])
 
 
 def _lacking(adapter: Adapter, tensors: Mapping[str, Stored]) -> list[str]:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shlex
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megapsft.cluster.slurm import records
-from megapsft.cluster.slurm.script import HOME, Script
+from megapsft.cluster.slurm.script import Script
 from megapsft.errors import Refused
+from megapsft.platform.interpreter import Elsewhere
 
 JOB = Path(__file__).with_name("nemo_job.py")
-INTERPRETER = "MEGAPSFT_NEMO_RUN_PYTHON"  # environment variable
-ENVIRONMENT = Path(".venv-nemo-run/bin/python")  # of `make nemo-run`
+NEMO_RUN = Elsewhere(
+    name="nemo-run", module="nemo_run", target="nemo-run", variable="MEGAPSFT_NEMO_RUN_PYTHON", wanted="--via nemo-run"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ def through_nemo_run(script: Script, *, dry_run: bool = False) -> Answer:
         Refused: nemo-run is not installed; nodes for servers alone, or an option without its long name; what nemo-run or sbatch
             refuse, with the last lines.
     """
-    python, job = find_python(), {**_job(script), "dry_run": dry_run}
+    python, job = NEMO_RUN.find_python(), {**_job(script), "dry_run": dry_run}
     kept = Path(os.environ.get("NEMORUN_HOME") or records.folder(script.run) / "nemo-run").absolute()
     with tempfile.TemporaryDirectory() as folder:
         source, answer = Path(folder) / "job.json", Path(folder) / "answer.json"
@@ -84,21 +84,3 @@ def _option(text: str) -> tuple[str, str | bool]:
     if not name.startswith("--") or any(letter.isspace() for letter in name):
         raise Refused(text, "is not --name=value, as nemo-run has options", "write it so, or use --via sbatch")
     return name.removeprefix("--"), value if equals else True
-
-
-def find_python() -> Path:
-    """The interpreter that has nemo-run: $MEGAPSFT_NEMO_RUN_PYTHON, .venv-nemo-run, or this one."""
-    named = os.environ.get(INTERPRETER)
-    if named:
-        path = Path(named).expanduser()
-        if not os.access(path, os.X_OK):
-            remedy = "name bin/python of an environment that has nemo-run"
-            raise Refused(f"{INTERPRETER}={named}", "is not an interpreter", remedy)
-        return path
-    for folder in (Path.cwd(), HOME):
-        if (folder / ENVIRONMENT).is_file():
-            return folder / ENVIRONMENT
-    if importlib.util.find_spec("nemo_run") is not None:
-        return Path(sys.executable)
-    remedy = f"run `make nemo-run`, or name an interpreter that has it: {INTERPRETER}=..."
-    raise Refused("--via nemo-run", "nemo-run is not installed", remedy)

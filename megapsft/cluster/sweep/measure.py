@@ -8,12 +8,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from megapsft.cluster.hardware import GIB
 from megapsft.cluster.memory import RUNTIME
 from megapsft.cluster.sweep.points import SETTLING, Asked, Point
 from megapsft.cluster.sweep.sweep import State
 from megapsft.cluster.workload import ASSUMED
 from megapsft.metrics.records import read_records
+from megapsft.platform.chips import GIB
 
 
 @dataclass(frozen=True, kw_only=True)

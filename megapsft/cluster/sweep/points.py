@@ -14,13 +14,14 @@ from typing import Any, Literal
 import yaml
 
 from megapsft.cluster.estimate import Estimate, estimate
-from megapsft.cluster.hardware import GIB, Machines, gpu_named
+from megapsft.cluster.hardware import Machines, gpu_named
 from megapsft.cluster.model_folder import shape_of_model
 from megapsft.cluster.workload import workload
 from megapsft.config import Config, TrainConfig, load_config
 from megapsft.errors import Refused
 from megapsft.models.hf_config import HFConfig
 from megapsft.parallel import plan_mesh
+from megapsft.platform.chips import GIB
 from megapsft.policy.build import model_shape
 from megapsft.train.phases import phases
 from megapsft.train.plan import check_minibatch

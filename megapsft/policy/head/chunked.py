@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megapsft.platform.ranges import span
 from megapsft.policy.head import statistics
 from megapsft.policy.head.statistics import Known, Wanted, finish, merge, nothing
 from megapsft.policy.head.weight_gradient import accumulate, gradient_of
@@ -24,6 +25,7 @@ from megapsft.types import VocabularyTerm
 
 BLOCK_BYTES = 2**20  # of logits that elementwise work goes over several times
 MOST_TOKENS = 8192  # in one slab: more would leave it too few columns
+WIDE = 2048  # unless they leave it so many
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Slabs(torch.autograd.Function):
         return logprobs, entropy, value
 
     @staticmethod
+    @span("head_backward")
     def backward(ctx, grad_logprobs, grad_entropy, grad_term):
         hidden, weight, labels, ref_hidden, ref_weight, kept, *known = ctx.saved_tensors
         vocabulary, known = ctx.vocabulary, Known(*known)
@@ -116,7 +119,8 @@ def _fits(hidden: Tensor, vocabulary: Vocabulary) -> bool:
 def _tile(tokens: int, vocabulary: Vocabulary) -> tuple[int, int]:
     """Tokens and columns of a slab: all tokens where they leave it 64 columns or more; columns by 64, which products like."""
     elements = max(1, vocabulary.chunk_bytes // 4)
-    height = max(1, min(tokens, MOST_TOKENS, elements // min(64, max(1, vocabulary.columns))))
+    most = max(MOST_TOKENS, elements // WIDE)
+    height = max(1, min(tokens, most, elements // min(64, max(1, vocabulary.columns))))
     width = elements // height
     if width >= vocabulary.columns:
         return height, max(1, vocabulary.columns)

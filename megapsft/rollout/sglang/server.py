@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import random
 import signal
@@ -15,10 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megapsft.errors import Refused
+from megapsft.platform.interpreter import Elsewhere
 
 SERVE = Path(__file__).with_name("serve.py")
-INTERPRETER = "MEGAPSFT_SGLANG_PYTHON"  # environment variable
-ENVIRONMENT = Path(".venv-sglang/bin/python")  # of `make sglang`
+SGLANG = Elsewhere(
+    name="SGLang", module="sglang", target="sglang", variable="MEGAPSFT_SGLANG_PYTHON", wanted="rollout.engine=sglang",
+    key="rollout.python",
+)  # fmt: skip
 OURS = {"--host", "--port", "--model-path", "--model", "--dtype", "--tp-size", "--tensor-parallel-size", "--tp"}
 OURS |= {"--weight-version", "--device"}
 # of torchrun, whose world a server would join; and the one that changes what its log-probabilities are
@@ -166,17 +168,4 @@ def why_not(port: int, host: str = LOOPBACK) -> str | None:
 
 def find_python(configured: str | None) -> Path:
     """The interpreter that has SGLang: the configured one, $MEGAPSFT_SGLANG_PYTHON, .venv-sglang, or this one."""
-    for name, wanted in (("rollout.python", configured), (INTERPRETER, os.environ.get(INTERPRETER))):
-        if wanted:
-            path = Path(wanted).expanduser()
-            if not os.access(path, os.X_OK):
-                remedy = "name bin/python of an environment that has sglang"
-                raise Refused(f"{name}={wanted}", "is not an interpreter", remedy)
-            return path
-    for folder in (Path.cwd(), Path(__file__).resolve().parents[3]):
-        if (folder / ENVIRONMENT).is_file():
-            return folder / ENVIRONMENT
-    if importlib.util.find_spec("sglang") is not None:
-        return Path(sys.executable)
-    remedy = f"run `make sglang`, or name an interpreter that has it: rollout.python=... or {INTERPRETER}=..."
-    raise Refused("rollout.engine=sglang", "SGLang is not installed", remedy)
+    return SGLANG.find_python(configured)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -184,18 +185,19 @@ def test_the_extra_states_that_transformer_engines_layers_ask_for_are_there(name
     assert asked <= set(read_index(tmp_path / "converted" / "release").objects)
 
 
-def transformer_engine_modules(spec: ModuleSpec, at: str = "") -> list[str]:
+def transformer_engine_modules(spec: ModuleSpec | partial, at: str = "") -> list[str]:
     """Names in a layer, as in a checkpoint, of all modules of Transformer Engine that have an extra state.
 
     Its attention has none there: Megatron's TEDotProductAttention.sharded_state_dict leaves it out. Without Transformer Engine
-    the classes that derive from its own are mocks.
+    the classes that derive from its own are mocks. Newer Megatron has partials instead of some specs.
     """
-    found = []
-    for part, module in vars(spec.submodules).items():
-        name = f"{at}experts.{part}" if spec.module.__name__ == "SequentialMLP" else f"{at}{part}"
+    found, newer = [], isinstance(spec, partial)
+    kind, submodules = (spec.func, spec.keywords["submodules"]) if newer else (spec.module, spec.submodules)
+    for part, module in vars(submodules).items():
+        name = f"{at}experts.{part}" if kind.__name__ == "SequentialMLP" else f"{at}{part}"
         if part in ("core_attention", "shared_experts"):
             continue
-        if isinstance(module, ModuleSpec):
+        if isinstance(module, (ModuleSpec, partial)):
             found += transformer_engine_modules(module, f"{name}.")
         elif isinstance(module, Mock) or getattr(module, "__module__", "").endswith("extensions.transformer_engine"):
             found.append(name)

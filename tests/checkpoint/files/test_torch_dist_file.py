@@ -6,8 +6,10 @@ import io
 import os
 import pickle
 import random
+import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -344,6 +346,50 @@ def test_common_state_and_extra_states_that_call_something_are_refused_without_c
     change(checkpoint, point)
     with pytest.raises(Refused, match="decoder.a._extra_state/shard_0_1: is not made of plain values and tensors"):
         check_harmless(checkpoint, read_index(checkpoint))
+    assert not (tmp_path / "called").exists()
+
+
+def with_state(checkpoint: Path, state: object) -> None:
+    """A layer's `_extra_state` as Transformer Engine gives it to Megatron: a pickle in a tensor of bytes."""
+    record = saved(torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8))
+    (checkpoint / "__0_1.distcp").write_bytes(record)
+
+    def point(found):
+        info = found.storage_data[MetadataIndex("decoder.a._extra_state/shard_0_1")]
+        info.relative_path, info.offset, info.length = "__0_1.distcp", 0, len(record)
+
+    change(checkpoint, point)
+
+
+def test_states_that_transformer_engine_pickled_are_read_without_it(checkpoint, monkeypatch):
+    """Classes are those that the delayed recipe of 2.19 names; here they cannot be imported."""
+    recipe = type("DelayedScaling", (), {"__module__": "transformer_engine.common.recipe"})
+    monkeypatch.setitem(sys.modules, "transformer_engine.common.recipe", SimpleNamespace(DelayedScaling=recipe))
+    monkeypatch.setitem(sys.modules, "transformer_engine.common", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "transformer_engine", SimpleNamespace())
+    with_state(checkpoint, {"recipe": recipe(), "amax_history_fwd": torch.ones(4, 3), "extra_fp8_variables": {"num_gemms": 1}})
+    for name in ("", ".common", ".common.recipe"):
+        monkeypatch.delitem(sys.modules, f"transformer_engine{name}")
+    check_harmless(checkpoint, read_index(checkpoint))
+
+
+def test_states_that_name_anything_else_are_refused_without_calling_it(checkpoint, tmp_path):
+    with_state(checkpoint, {"recipe": Calls(tmp_path / "called")})
+    with pytest.raises(Refused, match="decoder.a._extra_state/shard_0_1: .* .it names posix.system."):
+        check_harmless(checkpoint, read_index(checkpoint))
+    assert not (tmp_path / "called").exists()
+
+
+def test_without_a_file_of_the_common_state_objects_are_still_looked_at(checkpoint, tmp_path):
+    """As Megatron-Core 0.19 writes checkpoints: the common state is one of the objects."""
+    (checkpoint / COMMON).unlink()
+    check_harmless(checkpoint, read_index(checkpoint))
+    record = saved([{"iteration": Calls(tmp_path / "called")}])
+    (checkpoint / "__0_1.distcp").write_bytes(record)
+    place = Chunk((), (), "__0_1.distcp", 0, len(record))
+    index = read_index(checkpoint)._replace(objects={"common_state/shard_0_1": place})
+    with pytest.raises(Refused, match="common_state/shard_0_1: is not made of plain values and tensors"):
+        check_harmless(checkpoint, index)
     assert not (tmp_path / "called").exists()
 
 

@@ -1,11 +1,10 @@
-"""Without a server: hashes and layouts of tensor-parallel ranks, buckets, which interpreter, which urls.
+"""Without a server: hashes and layouts of tensor-parallel ranks, buckets, which urls.
 
 Layouts of real servers with one rank, dense and MoE, are compared in test_weights.py and test_generate.py. The hash of GPUs: its
 numbers here are of the server's own kernel, in Triton's interpreter.
 """
 
 import json
-import sys
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from megapsft.errors import Refused
 from megapsft.rollout.sglang import SGLang
 from megapsft.rollout.sglang.checksum import Expected, difference, hash_of_cuda, hashed
 from megapsft.rollout.sglang.client import checked_url
-from megapsft.rollout.sglang.server import INTERPRETER, Server, find_python
+from megapsft.rollout.sglang.server import Server
 from megapsft.rollout.sglang.weights import buckets
 
 
@@ -88,18 +87,6 @@ def test_buckets_are_bounded_copies():
     for (_, sent), (_, copied) in zip(stream, [pair for bucket in found for pair in bucket], strict=True):
         assert torch.equal(sent, copied)
         assert sent.dtype == copied.dtype
-
-
-def test_which_interpreter(tmp_path, monkeypatch):
-    monkeypatch.delenv(INTERPRETER, raising=False)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / ".venv-sglang/bin").mkdir(parents=True)
-    (tmp_path / ".venv-sglang/bin/python").symlink_to(sys.executable)
-    assert find_python(None) == tmp_path / ".venv-sglang/bin/python"
-    monkeypatch.setenv(INTERPRETER, sys.executable)
-    assert str(find_python(None)) == sys.executable
-    with pytest.raises(Refused, match=r"rollout.python=.*is not an interpreter"):
-        find_python(str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize("url", ["https://127.0.0.1:1", "127.0.0.1:1", "http://127.0.0.1:1/v1", "http://me@host:1", "file:///x"])

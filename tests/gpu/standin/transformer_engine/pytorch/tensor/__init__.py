@@ -1,0 +1,2 @@
+class QuantizedTensor:
+    """No tensor of the stand-in is one."""
