@@ -47,8 +47,8 @@ megapsft train FILE.yaml --dry-run [key=value ...]    # check everything, print 
 ```
 
 The resolved config lies beside the run as `config.yaml`. A run that continues may change `run.*`, `parallel.*`, `log.*`,
-`profile.*`, `checkpoint.*`, `train.steps`, `train.max_skipped_updates`, `train.hang_*`, and how samples are packed; any other
-change is refused.
+`profile.*`, `checkpoint.*`, `train.steps`, `train.max_skipped_updates`, `train.max_noise_clipped`, `train.hang_*`, and how
+samples are packed; any other change is refused.
 """
 MEANINGS = {  # of keys whose line in the source has no comment
     "run.dir": "folder of the run: checkpoints, metrics, resolved config; the same one again continues it",

@@ -163,6 +163,7 @@ class TrainConfig:
     sft_warmup_lr: NonNegativeFloat = 2e-5  # constant
     temperature: PositiveFloat = 1.0  # divides the logits in every pass; for rollouts, the temperature they were sampled at
     no_grad_microbatches: PositiveInt = 1  # packed ones that a pass of the old or reference policy takes as one; 1: same bits
+    max_noise_clipped: NonNegativeFloat | None = None  # share of ratios: more are refused; null: 0.001 with fp8; 1: any
     seed: int = 1234
     max_skipped_updates: PositiveInt = 10  # updates skipped one after the other before the run stops
     hang_factor: PositiveFloat | None = 20.0  # no update for so many median steps: stacks are written, and it ends; None: never

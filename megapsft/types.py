@@ -155,6 +155,7 @@ class Objective(Protocol):
     entropy_gradient: bool
     term: VocabularyTerm | None
     advantages: AdvantageOptions | None
+    clip_range: tuple[float | None, float | None]  # ratios are clipped at 1 - low and 1 + high; None: not on that side
 
     def keep(self, rewards: Sequence[float], demonstrations: Sequence[bool]) -> Sequence[bool]: ...
 

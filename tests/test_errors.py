@@ -133,6 +133,10 @@ SPLIT = [
 
 
 OTHER_MODELS = [
+    Case("noise of no ratio", "objective.name=sft train.max_noise_clipped=0.01", "train.max_noise_clipped=0.01",
+         "is of ratios that a clip range cuts, and objective.name=sft as configured has none", "leave it out"),
+    Case("noise of no old pass", "train.minibatch_size=8 train.max_noise_clipped=0.01", "train.max_noise_clipped=0.01",
+         "objective.name=psft as configured has none that differ from 1", "several updates a step"),
     Case("rows of another kind", "objective.name=grpo", "data.kind=demonstrations", "is not what grpo trains on",
          "use data.kind=rollouts"),
     Case("reference of none", "reference.placement=copy", "reference.placement=copy", "objective.name=psft has none",

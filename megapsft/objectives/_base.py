@@ -45,6 +45,11 @@ class Base:
                 rule = "is not known"
                 raise Refused(f"{field.name}={getattr(self, field.name)!r}", rule, f"use one of {', '.join(map(str, known))}")
 
+    @property
+    def clip_range(self) -> tuple[float | None, float | None]:
+        """(low, high): ratios to the old policy are clipped at 1 - low and 1 + high; None: not on that side."""
+        return None, None
+
     def keep(self, rewards: Sequence[float], demonstrations: Sequence[bool]) -> Sequence[bool]:
         """Which samples of a group are trained at all, decided before anything is weighed. Here: every one."""
         return [True] * len(rewards)

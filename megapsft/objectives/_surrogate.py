@@ -70,6 +70,10 @@ class Surrogate(Base):
         raise NotImplementedError
 
     @property
+    def clip_range(self) -> tuple[float | None, float | None]:
+        return self.clip_low, self.clip_high
+
+    @property
     def needs(self) -> frozenset[str]:
         reference = {"ref_logprobs"} if self.kl_coef else set()
         rollout = {"rollout_logprobs"} if self.tis != "off" else set()

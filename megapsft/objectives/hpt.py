@@ -78,6 +78,10 @@ class HPT(Mixture):
             raise Refused(f"clip={self.clip}", "must lie in 0..1: ratios are positive", "use 0.2, or null")
 
     @property
+    def clip_range(self) -> tuple[float | None, float | None]:
+        return self.clip, self.clip
+
+    @property
     def advantages(self) -> AdvantageOptions:
         return AdvantageOptions(estimator="group", norm_by_std=self.norm_by_std, demonstrations=False)
 

@@ -72,6 +72,10 @@ class LUFFY(Mixture):
             raise Refused(f"on_policy_clip={self.on_policy_clip}", "must lie in 0..1: ratios are positive", "use 0.2, or null")
 
     @property
+    def clip_range(self) -> tuple[float | None, float | None]:
+        return self.on_policy_clip, self.on_policy_clip
+
+    @property
     def advantages(self) -> AdvantageOptions:
         return AdvantageOptions(estimator="group", norm_by_std=self.norm_by_std)
 

@@ -63,6 +63,10 @@ class PSFT(PerToken):
             )
 
     @property
+    def clip_range(self) -> tuple[float | None, float | None]:
+        return self.freeze_below, self.clip_high
+
+    @property
     def needs(self) -> frozenset[str]:
         anchor = {"old_logprobs"} if self.old_policy == "step" else {"ref_logprobs"}
         return frozenset(anchor if self.entropy_threshold is None else anchor | {"old_entropy"})

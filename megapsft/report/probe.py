@@ -1,4 +1,4 @@
-"""The noise floor of the ratio: a sentence, a table, JSON and a picture."""
+"""The noise floor of the ratio, and what the precision does to the model: a sentence, tables, JSON and a picture."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from megapsft.report.picture import LINES
+from megapsft.train.noise import QUANTILES, Floor, Row
 from megapsft.train.plan import RunPlan
-from megapsft.train.probe import QUANTILES, Floor, Probe, Row
+from megapsft.train.precision import Precision
+from megapsft.train.probe import Probe
 
 SECTIONS = {
     "configured": "this run",
@@ -21,17 +23,33 @@ SECTIONS = {
     "removed": "one thing less",
     "not shared": "old pass alone",
 }
+QUANTITIES = {  # of a token: field of Precision -> what it is called
+    "logits_rms": "logits, rms",
+    "logits_max": "logits, largest",
+    "logprob": "log-probability",
+    "kl": "KL",
+}
 FLIPS = "flips: share of tokens x layers with another set of experts"
 POINTS = 400  # of a line in the picture
 
 
 def show_probe(probe: Probe) -> None:
-    """Print the table, the notes and the verdict."""
+    """Print the tables, the notes and the verdict."""
     console = Console()
     console.print(probe_table(probe))
+    for precision in probe.precisions:
+        console.print(precision_table(precision))
     for note in probe.notes:
         console.print(f"[yellow]note:[/] {note}", highlight=False)
     console.print(verdict(probe), highlight=False, soft_wrap=True)
+    if probe.limit is not None:
+        console.print(at_the_gate(probe), highlight=False, soft_wrap=True)
+
+
+def at_the_gate(probe: Probe) -> str:
+    """In one sentence: whether training would be refused for this noise."""
+    refused = probe.floor(probe.rows[0]).clipped > probe.limit
+    return f"Training would {'be refused' if refused else 'begin'}: train.max_noise_clipped is {_percent(probe.limit)}."
 
 
 def verdict(probe: Probe) -> str:
@@ -92,6 +110,22 @@ def probe_table(probe: Probe) -> Table:
     return table
 
 
+def precision_table(precision: Precision) -> Table:
+    """One row a quantity; errors of logits are relative."""
+    title = f"{precision.name} beside {precision.finer}, {len(precision.kl):,} tokens"
+    table = Table(title=title, box=box.SIMPLE, padding=0, caption_justify="left")
+    table.add_column("of a token", no_wrap=True)
+    for heading in ("mean", *(f"{100 * q:g}%" for q in QUANTILES), "max"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for field, title in QUANTITIES.items():
+        values = getattr(precision, field)
+        table.add_row(title, *map(_number, (values.mean(), *np.quantile(values, QUANTILES), values.max())))
+    same = _percent(precision.same_top)
+    table.caption = f"logits: error relative to those of {precision.finer}; log-probability: |difference|\n"
+    table.caption += f"the likeliest next word is the same for {same} of the tokens"
+    return table
+
+
 def name(row: Row) -> str:
     """What a row is called where its section is known."""
     if row.kind == "configured":
@@ -118,8 +152,11 @@ def write_probe(probe: Probe, plan: RunPlan, out: Path) -> None:
         "clip_high": probe.clip_high,
         "model": plan.config.model.path,
         "dtype": plan.config.model.dtype,
+        "fp8": plan.config.fp8.format,
         "mesh": plan.mesh.describe(),
+        "max_noise_clipped": probe.limit,
         "rows": [_row_json(row, probe.floor(row)) for row in probe.rows],
+        "precisions": [_precision_json(precision) for precision in probe.precisions],
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
@@ -140,10 +177,19 @@ def _row_json(row: Row, floor: Floor) -> dict[str, Any]:
     }
 
 
+def _precision_json(precision: Precision) -> dict[str, Any]:
+    found: dict[str, Any] = {"name": precision.name, "finer": precision.finer, "same_top": precision.same_top}
+    for field in QUANTITIES:
+        values = getattr(precision, field)
+        quantiles = {str(q): float(np.quantile(values, q)) for q in QUANTILES}
+        found[field] = {"mean": float(values.mean()), "quantiles": quantiles, "max": float(values.max())}
+    return found
+
+
 def draw_probe(probe: Probe, plan: RunPlan, out_png: Path) -> None:
     """For every row the share of ratios that are further from 1 than x, over x, both logarithmic; the clip range is marked.
 
-    Rows with replay are dashed, in the colour of the row without.
+    Rows with replay are dashed, in the colour of the row without. Under it, for each finer precision, what it does to a token.
 
     Args:
         out_png: where the picture goes; folders are made.
@@ -151,12 +197,25 @@ def draw_probe(probe: Probe, plan: RunPlan, out_png: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6), layout="constrained")
+    panels = 1 + len(probe.precisions)
+    figure = Figure(figsize=(10, 6 * panels), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    ratios, *others = figure.subplots(panels, squeeze=False)[:, 0]
+    _draw_ratios(ratios, probe)
+    ratios.set_title(
+        f"Noise floor of the ratio: {plan.hf.architecture}, {plan.config.model.dtype}, {plan.mesh.describe()}",
+        loc="left", fontsize=12, fontweight="bold",
+    )  # fmt: skip
+    for axes, precision in zip(others, probe.precisions, strict=True):
+        _draw_precision(axes, precision)
+    out_png.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out_png, dpi=130)
+
+
+def _draw_ratios(axes: Any, probe: Probe) -> None:
     titles = list(dict.fromkeys((row.kind, row.title) for row in probe.rows))
     for row in probe.rows:
-        x, share = tail(row.log_ratios)
+        x, share = tail(np.abs(np.expm1(row.log_ratios)))
         label = f"{SECTIONS[row.kind]}: {row.title}" + (", routing replay" if row.replayed else "")
         colour = LINES[titles.index((row.kind, row.title)) % len(LINES)]
         style = {"color": colour, "linestyle": "--" if row.replayed else "-", "linewidth": 1.8}
@@ -165,25 +224,33 @@ def draw_probe(probe: Probe, plan: RunPlan, out_png: Path) -> None:
         if bound:
             marked = f"clip_{side} = {bound:g}"
             axes.axvline(bound, color="#333333", linewidth=1.2, linestyle=":" if side == "high" else "-.", label=marked)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_ylim(0.5 / len(probe.rows[0].log_ratios), 1.5)
-    axes.set_title(
-        f"Noise floor of the ratio: {plan.hf.architecture}, {plan.config.model.dtype}, {plan.mesh.describe()}",
-        loc="left", fontsize=12, fontweight="bold",
-    )  # fmt: skip
+    _dress(axes, len(probe.rows[0].log_ratios))
     axes.set_xlabel("|ratio − 1| (no unit)")
     axes.set_ylabel(f"share of {probe.unit} further from 1")
+
+
+def _draw_precision(axes: Any, precision: Precision) -> None:
+    for colour, (field, title) in zip(LINES, QUANTITIES.items(), strict=False):
+        x, share = tail(np.abs(getattr(precision, field)))
+        axes.plot(x, share, color=colour, linewidth=1.8, label=title)
+    _dress(axes, len(precision.kl))
+    axes.set_title(f"{precision.name} beside {precision.finer}", loc="left", fontsize=12, fontweight="bold")
+    axes.set_xlabel("relative error of logits (no unit), |difference| of log-probabilities and KL (nats)")
+    axes.set_ylabel("share of tokens with more")
+
+
+def _dress(axes: Any, count: int) -> None:
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_ylim(0.5 / count, 1.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.legend(frameon=False, fontsize=9, loc="lower left")
-    out_png.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out_png, dpi=130)
 
 
-def tail(log_ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(x, share): the share of [n] ratios with |ratio - 1| >= x at so many of their values, ascending; none where all are 1."""
-    away = np.sort(np.abs(np.expm1(log_ratios)))
+def tail(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(x, share): the share of [n] sizes that are >= x at so many of their values, ascending; none where all are 0."""
+    away = np.sort(sizes)
     share = 1 - np.arange(len(away)) / len(away)
     x, share = away[away > 0], share[away > 0]
     # even on the logarithmic axis of shares, or the few tokens that matter would be lost
@@ -202,4 +269,13 @@ def _number(size: float) -> str:
     return f"{mantissa}e{int(exponent)}" if size else "0"
 
 
-__all__ = ["draw_probe", "probe_table", "show_probe", "tail", "verdict", "write_probe"]
+__all__ = [
+    "at_the_gate",
+    "draw_probe",
+    "precision_table",
+    "probe_table",
+    "show_probe",
+    "tail",
+    "verdict",
+    "write_probe",
+]

@@ -12,6 +12,7 @@ def train(run: Run) -> None:
     for step in run.steps():
         phase = run.enter(step)  # plain SFT first, then the objective with a fresh optimizer
         groups = with_advantages(run.source.next_groups(step), phase.objective)
+        run.refuse_noise(groups)
         batch = run.pack(groups, phase.objective)
         batch = with_constants(run.policy, run.reference, batch, phase.objective)
         if run.critic:

@@ -79,6 +79,17 @@ def has_old_policy(objective: Objective) -> bool:
     return bool(objective.needs & {"old_logprobs", "old_entropy"})
 
 
+def first_old_pass(objective: Objective) -> int:
+    """The first minibatch of a step that needs a pass of the old policy.
+
+    That is the second: the training pass of the first *is* the old policy, bit for bit. Only where something must be counted from
+    it beforehand the first has one too.
+    """
+    beforehand = bool((objective.totals_need or frozenset()) & {"old_logprobs", "old_entropy"})
+    beforehand |= objective.advantages is not None and objective.advantages.kl_coef > 0
+    return 0 if beforehand else 1
+
+
 def reference_needs(objective: Objective) -> frozenset[str]:
     """What it, or the reward that it makes of a KL, reads of a frozen reference."""
     kl_in_reward = objective.advantages is not None and objective.advantages.kl_coef > 0

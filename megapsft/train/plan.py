@@ -31,6 +31,7 @@ from megapsft.platform.machine import layers_of, note_on_layers, this_machine
 from megapsft.policy.backend import choose_backend
 from megapsft.policy.build import model_shape
 from megapsft.train.fp8 import alignment, check_fp8, note_on_fp8
+from megapsft.train.noise_limit import check_limit, limit_of
 from megapsft.train.phases import Phase, has_old_policy, phases, reference_needs
 from megapsft.train.prepare import with_advantages
 from megapsft.train.profile import check_profile, next_steps
@@ -55,6 +56,7 @@ MAY_CHANGE = (
     "model.make_vocab_size_divisible_by",
     "train.steps",
     "train.max_skipped_updates",
+    "train.max_noise_clipped",
     "train.hang_",
     "evaluate.",
     *(f"rollout.{name}" for name in (*OF_SGLANG, "engine", "max_batch_size", "reward_workers")),
@@ -179,6 +181,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
     check_adapters(config, mesh, hf, all_phases[-1].objective)
     choose_backend(config.model.logprob_backend)
     _check_other_models(config, all_phases, hf)
+    check_limit(config, all_phases[-1].objective)
     swapped = compares and config.reference.placement == "swap"
     config = dataclasses.replace(config, parallel=with_overlap(config.parallel, has_cuda(), swapped))
     check_options(config)
@@ -387,6 +390,12 @@ def _with_notes(plan: RunPlan) -> RunPlan:
         notes.append(
             f"{name} with one update a step: the old policy is the policy, every ratio is 1 and {then}. Set "
             f"train.minibatch_size below train.batch_size={train.batch_size} (the paper: an eighth)."
+        )
+    limit = limit_of(plan.config, objective.objective)
+    if limit is not None and plan.done_steps == 0:
+        notes.append(
+            f"Before the first update the noise of the ratio is measured: the run is refused where it alone clips more than "
+            f"{100 * limit:g} % (train.max_noise_clipped)."
         )
     if plan.family.carried is not None:
         beside = f"{plan.family.carried}* is not loaded, and exported as it came"

@@ -12,7 +12,7 @@ from megapsft.platform.clock import part
 from megapsft.policy.build import Policy
 from megapsft.policy.constants import with_old_policy, with_reference
 from megapsft.policy.reference import Reference
-from megapsft.train.phases import has_old_policy, reference_needs
+from megapsft.train.phases import first_old_pass, has_old_policy, reference_needs
 from megapsft.types import Group, Objective, TrainBatch
 
 
@@ -41,14 +41,11 @@ def with_advantages(groups: Sequence[Group], objective: Objective) -> list[Group
 def with_constants(policy: Policy, reference: Reference | None, batch: TrainBatch, objective: Objective) -> TrainBatch:
     """Collective. The batch with what the objective needs of the old policy and of the reference.
 
-    The first minibatch needs no pass of the old policy: its training pass *is* the old policy, bit for bit, so the update takes
-    its own values (`at_old_policy`). Only where something must be counted from them beforehand are they computed.
+    Minibatches before `first_old_pass` have none of the old policy: their update takes its own values (`at_old_policy`).
     """
     minibatches = list(batch.minibatches)
     if has_old_policy(objective):
-        beforehand = bool((objective.totals_need or frozenset()) & {"old_logprobs", "old_entropy"})
-        beforehand |= objective.advantages is not None and objective.advantages.kl_coef > 0
-        first = 0 if beforehand else 1
+        first = first_old_pass(objective)
         if minibatches[first:]:
             with part("old_policy", wait=True):
                 minibatches[first:] = [with_old_policy(policy, minibatch) for minibatch in minibatches[first:]]

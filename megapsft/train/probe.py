@@ -15,39 +15,32 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-from torch import Tensor
 
 from megapsft.checkpoint.hf import import_hf, init_adapters
-from megapsft.data.pack import pack
+from megapsft.config import FP8Config
 from megapsft.data.prompts import Prompts
 from megapsft.errors import Refused
-from megapsft.models.router import Router
-from megapsft.objectives.gspo import GSPO
 from megapsft.objectives.registry import build_objective
 from megapsft.policy.build import Policy, build_chunks, half, transformer_config
-from megapsft.policy.constants import with_old_policy
-from megapsft.policy.forward import forward_backward, read
 from megapsft.policy.lora import with_adapters
 from megapsft.policy.merge import merge
-from megapsft.policy.per_sample import gather_samples
+from megapsft.train.noise import Bench, Floor, Row
+from megapsft.train.noise_limit import limit_of
 from megapsft.train.phases import has_old_policy
 from megapsft.train.plan import RunPlan
+from megapsft.train.precision import Precision, compare, name_of, outputs_of
 from megapsft.train.prepare import with_advantages
 from megapsft.train.run import build_policy, policy_of
-from megapsft.types import Group, Microbatch, Minibatch, TrainBatch
+from megapsft.types import Group, Minibatch
 
-QUANTILES = (0.5, 0.9, 0.99, 0.999)
+FP8, DTYPE = "fp8.format", "model.dtype"
 REPLAY, MERGED, PACKING = "model.moe_routing_replay", "train.no_grad_microbatches", "data.packing"
 
 
@@ -70,31 +63,10 @@ FEATURES = (  # what costs least to do without comes first: of two that explain 
     Feature(REPLAY, True, "routing replay", "that experts are chosen anew in the training pass"),
     Feature("parallel.recompute_granularity", None, "not recomputed", "recomputation"),
     Feature(PACKING, False, "unpacked", "packing"),
-    Feature("model.dtype", "float32", "in float32", "the rounding of bfloat16"),
+    Feature(FP8, None, "in bfloat16", "the rounding of FP8"),
+    Feature(DTYPE, "float32", "in float32", "the rounding of bfloat16"),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One comparison of the training pass with an old pass."""
-
-    kind: Literal["configured", "repeated", "removed", "not shared"]  # repeated: the training pass with itself
-    title: str
-    feature: str | None = None  # the key of what is removed, or not shared
-    replayed: bool | None = None  # None: the model has no experts
-    log_ratios: np.ndarray  # [tokens] fp64, or [samples] where the objective has one ratio a sample
-    flipped: float | None = None  # share of real tokens x MoE layers with another set of experts; None: not comparable
-
-
-@dataclass(frozen=True, kw_only=True)
-class Floor:
-    """A row in numbers; quantiles and the largest are of |ratio - 1|."""
-
-    differ: float  # share of ratios that are not exactly 1
-    mean: float  # of |log ratio|
-    quantiles: dict[float, float]
-    largest: float
-    clipped: float  # share of ratios outside the clip range
+PRECISIONS = (FP8, DTYPE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,19 +78,11 @@ class Probe:
     clip_high: float | None
     unit: Literal["tokens", "samples"]  # that have a ratio
     notes: tuple[str, ...]
+    precisions: tuple[Precision, ...] = ()  # the run's beside each finer one that there is
+    limit: float | None = None  # the share that noise may clip before training is refused; None: it is not measured there
 
     def floor(self, row: Row) -> Floor:
-        distance = np.expm1(row.log_ratios)
-        low = -np.inf if self.clip_low is None else -self.clip_low
-        high = np.inf if self.clip_high is None else self.clip_high
-        away = np.abs(distance)
-        return Floor(
-            differ=float((row.log_ratios != 0).mean()),
-            mean=float(np.abs(row.log_ratios).mean()),
-            quantiles={q: float(np.quantile(away, q)) for q in QUANTILES},
-            largest=float(away.max()),
-            clipped=float(((distance < low) | (distance > high)).mean()),
-        )
+        return Floor.of(row.log_ratios, (self.clip_low, self.clip_high))
 
     def cause(self) -> Feature | None:
         """Whose removal lowers the noise of the run as configured most; None where there is none, or no removal halves it."""
@@ -162,19 +126,20 @@ def measure_noise(plan: RunPlan, samples: int | None = None) -> Probe:
     groups = first_groups(plan, samples)
     plan = changed(plan, "parallel.overlap_param_gather", False)  # there is no optimizer whose parameters to gather
     objective = plan.phases[-1].objective
-    bench = _Bench(groups, plan.minibatch_size, by_sample=isinstance(objective, GSPO))
-    rows = _as_configured(bench, plan)
+    bench = Bench(groups, plan)
+    rows, precisions = _as_configured(bench, plan)
     _free()
     if rows[0].log_ratios.any():
         rows += _each_removed(bench, plan, rows)
-    psft = build_objective({"name": "psft"})
-    clip = objective if has_old_policy(objective) else psft
+    clip_low, clip_high = (objective if has_old_policy(objective) else build_objective({"name": "psft"})).clip_range
     return Probe(
         rows=tuple(rows),
-        clip_low=getattr(clip, "clip_low", None),
-        clip_high=getattr(clip, "clip_high", psft.clip_high),
-        unit="samples" if bench.by_sample else "tokens",
+        clip_low=clip_low,
+        clip_high=clip_high,
+        unit=bench.unit,
         notes=_notes(plan, rows),
+        precisions=precisions,
+        limit=limit_of(plan.config, objective),
     )
 
 
@@ -183,6 +148,8 @@ def changed(plan: RunPlan, key: str, value: Any) -> RunPlan:
     section, _, name = key.partition(".")
     old = plan.config
     config = dataclasses.replace(old, **{section: dataclasses.replace(getattr(old, section), **{name: value})})
+    if key == DTYPE and value != "bfloat16":
+        config = dataclasses.replace(config, fp8=FP8Config())  # which is of models in bfloat16
     if key == PACKING and config.data.kind == "preferences" and config.data.micro_batch_size % 2:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, micro_batch_size=2))  # both sides together
     return dataclasses.replace(plan, config=config)
@@ -198,18 +165,23 @@ def is_on(plan: RunPlan, feature: Feature) -> bool:
     return getattr(getattr(plan.config, section), name) != feature.off
 
 
-def _as_configured(bench: _Bench, plan: RunPlan) -> list[Row]:
-    """The run as configured, and then what it would be with other old passes."""
+def _as_configured(bench: Bench, plan: RunPlan) -> tuple[list[Row], tuple[Precision, ...]]:
+    """The run as configured, and then what it would be with other old passes; and its precision beside finer ones."""
     single = changed(plan, MERGED, 1)
     shared = [feature for feature in FEATURES if feature.key not in (REPLAY, MERGED) and is_on(plan, feature)]
-    elsewhere = {}
+    elsewhere, finer = {}, []
     for feature in shared:
         if feature.key != PACKING:
             without = changed(single, feature.key, feature.off)
-            elsewhere[feature.key] = bench.old_pass(_frozen_policy(without), without)
+            frozen = _frozen_policy(without)
+            elsewhere[feature.key] = bench.old_pass(frozen, single)  # laid out as configured: tokens are where they were
+            if feature.key in PRECISIONS:
+                finer.append(outputs_of(bench, frozen, plan, name_of(without.config), elsewhere[feature.key].logprobs))
+            del frozen
             _free()
 
     policy = build_policy(plan)
+    bench.warm(policy, plan)
     free = bench.training_pass(policy, plan)
     again = bench.training_pass(policy, plan)
     rows = bench.compare(policy, plan, free, bench.old_pass(policy, plan), kind="configured", title="as configured")
@@ -226,7 +198,10 @@ def _as_configured(bench: _Bench, plan: RunPlan) -> list[Row]:
             rows.append(bench.row(free, old, **about, replayed=False if plan.hf.num_experts else None))
         else:
             rows += bench.compare(policy, plan, free, elsewhere[feature.key], **about)
-    return rows
+    if not finer:
+        return rows, ()
+    ours = outputs_of(bench, policy, plan, name_of(plan.config), free.logprobs)
+    return rows, tuple(compare(bench, policy, plan, ours, other) for other in finer)
 
 
 def _packs_as_one(minibatch: Minibatch, plan: RunPlan) -> int:
@@ -237,7 +212,7 @@ def _packs_as_one(minibatch: Minibatch, plan: RunPlan) -> int:
     return next((size for size in sizes if size > 1), 1)
 
 
-def _each_removed(bench: _Bench, plan: RunPlan, rows: Sequence[Row]) -> list[Row]:
+def _each_removed(bench: Bench, plan: RunPlan, rows: Sequence[Row]) -> list[Row]:
     """The run as configured with one feature less in both passes, each in turn."""
     removed = []
     for feature in FEATURES:
@@ -249,11 +224,8 @@ def _each_removed(bench: _Bench, plan: RunPlan, rows: Sequence[Row]) -> list[Row
             continue
         without = changed(plan, feature.key, feature.off)
         policy = build_policy(without)
-        old = bench.old_pass(policy, without)
-        new = bench.training_pass(policy, without, old.routing if policy.routing_replay else None)
-        replayed = policy.routing_replay if plan.hf.num_experts else None
-        about = {"title": feature.without, "feature": feature.key, "replayed": replayed}
-        removed.append(bench.row(new, old, kind="removed", **about))
+        bench.warm(policy, without)
+        removed.append(bench.measure(policy, without, kind="removed", title=feature.without, feature=feature.key))
         del policy
         _free()
     return removed
@@ -270,143 +242,6 @@ def _frozen_policy(plan: RunPlan) -> Policy:
     return policy_of(plan, half(chunks, megatron), megatron)
 
 
-Routing = Sequence[Sequence[Mapping[int, Tensor]]]
-"""By minibatch and microbatch of this rank: MoE layer -> [tokens, K] experts."""
-
-
-@dataclass(frozen=True)
-class Passed:
-    """What one pass gave."""
-
-    logprobs: Tensor  # [trained tokens] fp64 on the host: by sample, then by position; the same on every rank
-    routing: Routing | None  # None: the model has no experts
-
-
-class _Bench:
-    """The samples that all passes are made over."""
-
-    def __init__(self, groups: Sequence[Group], minibatch_size: int, by_sample: bool):
-        self.groups, self.minibatch_size, self.by_sample = groups, minibatch_size, by_sample
-        trained = [np.flatnonzero(sample.loss_mask[1:]) for group in groups for sample in group]  # the positions that predict
-        self.samples = np.repeat(np.arange(len(trained)), [len(positions) for positions in trained])  # [trained tokens]
-        self.positions = np.concatenate(trained)  # [trained tokens]
-
-    def batch(self, plan: RunPlan) -> TrainBatch:
-        """This rank's part of the samples, cut into updates as the run would."""
-        objective = plan.phases[-1].objective
-        return pack(
-            self.groups,
-            minibatch_size=self.minibatch_size,
-            layout=plan.layout(parallel_state.get_data_parallel_rank(), parallel_state.get_context_parallel_rank()),
-            aggregation=objective.aggregation,
-            max_response_length=objective.max_response_length,
-            pad_token_id=plan.template.pad_token_id,
-            together=plan.config.data.kind == "preferences",
-        )
-
-    def old_pass(self, policy: Policy, plan: RunPlan) -> Passed:
-        """Collective. Without gradient, laid out as `plan` says, and with its experts recorded."""
-        experts, at_once = bool(plan.hf.num_experts), plan.config.train.no_grad_microbatches
-        policy = dataclasses.replace(policy, routing_replay=experts, no_grad_microbatches=at_once)
-        batch = self.batch(plan)
-        filled = [with_old_policy(policy, minibatch).microbatches for minibatch in batch.minibatches]
-        logprobs = self._by_token(batch, [[m.old_logprobs for m in one] for one in filled], policy, plan)
-        return Passed(logprobs, [[m.routing for m in one] for one in filled] if experts else None)
-
-    def training_pass(self, policy: Policy, plan: RunPlan, routing: Routing | None = None) -> Passed:
-        """Collective. Forward and backward of the negative log-likelihood, with these experts or the policy's own choice."""
-        batch, found, made = self.batch(plan), [], []
-        for number, minibatch in enumerate(batch.minibatches):
-            kept: list[Tensor] = []
-
-            def consume(output: Tensor, microbatch: Microbatch, kept: list[Tensor] = kept) -> tuple[Tensor, None]:
-                logprobs = read(output).logprobs
-                kept.append(logprobs.detach())
-                return -torch.where(microbatch.loss_mask, microbatch.loss_weights * logprobs, 0.0).sum(), None
-
-            if routing is not None:
-                pairs = zip(minibatch.microbatches, routing[number], strict=True)
-                replayed = tuple(dataclasses.replace(microbatch, routing=one) for microbatch, one in pairs)
-                minibatch = dataclasses.replace(minibatch, microbatches=replayed)
-            with _choices(policy, len(minibatch.microbatches)) as choices:
-                forward_backward(policy, minibatch, consume)
-            found.append(kept)
-            made.append(choices)
-        return Passed(self._by_token(batch, found, policy, plan), made if plan.hf.num_experts else None)
-
-    def compare(self, policy: Policy, plan: RunPlan, free: Passed, old: Passed, **about: Any) -> list[Row]:
-        """Collective. The training pass `free` against `old`; with experts then also with replay, the configured one first."""
-        if old.routing is None:
-            return [self.row(free, old, **about)]
-        flipped = self._flipped(policy, plan, free.routing, old.routing)
-        replayed = self.training_pass(policy, plan, old.routing)
-        rows = [
-            self.row(free, old, **about, replayed=False, flipped=flipped),
-            self.row(replayed, old, **about, replayed=True, flipped=self._flipped(policy, plan, replayed.routing, old.routing)),
-        ]
-        return rows[::-1] if policy.routing_replay and about["kind"] == "configured" else rows
-
-    def row(self, new: Passed, old: Passed, **about: Any) -> Row:
-        log_ratios = (new.logprobs - old.logprobs).numpy()
-        if self.by_sample:
-            tokens = np.bincount(self.samples)
-            log_ratios = (np.bincount(self.samples, log_ratios) / np.maximum(tokens, 1))[tokens > 0]
-        return Row(log_ratios=log_ratios, **about)
-
-    def _by_token(self, batch: TrainBatch, tokens: Sequence[Sequence[Tensor]], policy: Policy, plan: RunPlan) -> Tensor:
-        """Collective. [trained tokens] fp64 of all ranks, in an order that no layout changes.
-
-        Raises:
-            Refused: a value is not finite.
-        """
-        tables = gather_samples(batch, tokens, policy.head() is not None, policy.device)
-        longest = max(table.shape[1] for table in tables)
-        table = torch.cat([torch.nn.functional.pad(table, (0, longest - table.shape[1])) for table in tables]).cpu()
-        values = table[self.samples, self.positions]
-        if not values.isfinite().all():
-            rule = f"gives log-probabilities that are not finite in {plan.config.model.dtype}"
-            raise Refused(f"model.path={plan.config.model.path}", rule, "look for weights that are not finite")
-        return values
-
-    def _flipped(self, policy: Policy, plan: RunPlan, new: Routing, old: Routing) -> float:
-        """Collective. The share of real tokens x MoE layers whose set of experts is another, over all ranks."""
-        place, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
-        counts = torch.zeros(2, dtype=torch.float64)
-        for number, minibatch in enumerate(self.batch(plan).minibatches):
-            for microbatch, ours, theirs in zip(minibatch.microbatches, new[number], old[number], strict=True):
-                # routers see [S, B]; experts under tensor parallelism always come with sequence parallelism
-                real = (microbatch.sample_ids >= 0).T.chunk(size)[place].flatten()
-                for layer, experts in ours.items():
-                    pair = [chosen.cpu().long().sort(dim=-1).values for chosen in (experts, theirs[layer])]
-                    other = (pair[0] != pair[1]).any(dim=-1)
-                    counts += torch.stack([other[real].sum(), real.sum()])
-        counts = counts.to(policy.device)
-        dist.all_reduce(counts)
-        flipped, places = counts.tolist()
-        return flipped / places
-
-
-@contextmanager
-def _choices(policy: Policy, microbatches: int) -> Iterator[list[dict[int, Tensor]]]:
-    """For each microbatch of the forward passes inside, in order: MoE layer -> [tokens, K] experts that its router chose."""
-    made: list[dict[int, Tensor]] = [{} for _ in range(microbatches)]
-    seen: dict[int, Iterator[int]] = {}  # by layer: stages of a pipeline are not at the same microbatch
-
-    def keep(router: Router, inputs: Any, output: Any) -> None:
-        if router.visit is None:  # a checkpoint runs again what has been counted
-            return
-        number = next(seen.setdefault(router.layer_number, itertools.count()))
-        made[number][router.layer_number] = router.choice.made.to("cpu", torch.int16)
-
-    routers = [module for gpt in policy.gpt_models() for module in gpt.modules() if isinstance(module, Router)]
-    handles = [router.register_forward_hook(keep) for router in routers]
-    try:
-        yield made
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _free() -> None:
     """Give back the memory of a model that was let go: Megatron's wrappers hold themselves in cycles."""
     gc.collect()
@@ -419,10 +254,12 @@ def _notes(plan: RunPlan, rows: Sequence[Row]) -> tuple[str, ...]:
     if not has_old_policy(phase.objective):
         notes.append(f"objective.name={phase.objective_name} has no old policy: probed as if it were psft.")
     if any(row.kind == "repeated" for row in rows):
-        notes.append("The device is not deterministic: the same training pass twice gives other bits.")
+        of_fp8 = plan.config.fp8.format is not None and plan.config.fp8.recipe == "delayed"
+        why = "fp8.recipe=delayed takes its scales from the passes before" if of_fp8 else "The device is not deterministic"
+        notes.append(f"{why}: the same training pass twice gives other bits.")
     if not any(row.kind == "not shared" for row in rows):
         notes.append("The training pass has no feature that an old pass could lack.")
     return tuple(notes)
 
 
-__all__ = ["FEATURES", "QUANTILES", "Feature", "Floor", "Probe", "Row", "changed", "first_groups", "is_on", "measure_noise"]
+__all__ = ["FEATURES", "Feature", "Probe", "changed", "first_groups", "is_on", "measure_noise"]

@@ -43,6 +43,8 @@ from megapsft.policy.lora import with_adapters
 from megapsft.policy.reference import Copied, Reference, Swapped
 from megapsft.train.critic import Critic
 from megapsft.train.engines import open_engine
+from megapsft.train.gate import gather_evidence
+from megapsft.train.noise_limit import limit_of
 from megapsft.train.optimizer import build_optimizer, forget, learning_rate
 from megapsft.train.phases import Phase, phase_of
 from megapsft.train.plan import RunPlan, checkpoint_folder, config_file, run_folder, to_yaml
@@ -67,6 +69,7 @@ class Progressed:
     drawn: int = 0  # of the stream of prompts, where responses to them are sampled
     waiting: list[int] = field(default_factory=list)  # draws that were aborted, and come first in the next step
     held: list[int] = field(default_factory=list)  # draws whose demonstrations wait in rollout.demonstration_buffer
+    noise_clipped: float | None = None  # share of ratios, measured once; None: not yet, or nobody asked
 
 
 class Evaluation(Protocol):
@@ -130,6 +133,27 @@ class Run:
             self.critic = build_critic(self.plan)
         self.heart.begin()
         return phase
+
+    def refuse_noise(self, groups: list[Group]) -> None:
+        """Collective. Once, before the first update: a run that would clip more noise than it may ends here, with nothing made.
+
+        Raises:
+            Refused: as `Evidence.refuse`.
+        """
+        limit = limit_of(self.plan.config, self.plan.phases[-1].objective)
+        if limit is None or self.done.noise_clipped is not None:
+            return
+        evidence = gather_evidence(self.policy, self.plan, groups[: self.plan.minibatch_size], limit)
+        if evidence is None:
+            return
+        self.done.noise_clipped = evidence.floor.clipped
+        if self.sinks:
+            evidence.write(run_folder(self.plan.config))
+        if not evidence.accepted:
+            self.close()
+            evidence.refuse()
+        self.say(f"Noise: {evidence}; train.max_noise_clipped={limit:g} allows that.")
+        self.clock = time.perf_counter()  # the first update does not count it
 
     def pack(self, groups: list[Group], objective: Objective) -> TrainBatch:
         """This rank's part of the step, cut into the minibatches of its updates."""

@@ -29,6 +29,11 @@ def test_probe(family, more, tiny_models, tiny_data, tmp_path):
     last = found["rows"][-1]
     assert last["routing_replay"] is (True if family == "qwen3_moe" else None)
     assert last["quantiles"]["0.5"] < last["quantiles"]["0.99"] < last["max"]
+    (precision,) = found["precisions"]
+    assert (precision["name"], precision["finer"]) == ("bfloat16", "float32")
+    assert 0 < precision["kl"]["quantiles"]["0.5"] < precision["kl"]["max"] < precision["logits_rms"]["max"] < 1
+    assert "bfloat16 beside float32" in done.stdout
+    assert found["max_noise_clipped"] is None
     assert plot.read_bytes()[:4] == b"\x89PNG"
     assert plot.stat().st_size > 20_000
     assert sorted(path.name for path in tmp_path.iterdir()) == ["made"]  # no run.dir

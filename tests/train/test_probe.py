@@ -8,21 +8,20 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
-import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
-from safetensors.torch import load_file, save_file
 
 from megapsft.config import load_config
 from megapsft.data.arithmetic import generate, preferences, rollouts, write_jsonl
 from megapsft.errors import Refused
 from megapsft.parallel import initialize, shutdown
-from megapsft.report.probe import probe_table, tail, verdict
+from megapsft.report.probe import QUANTITIES, at_the_gate, precision_table, probe_table, tail, verdict
+from megapsft.train.noise import Row
 from megapsft.train.plan import plan_run
-from megapsft.train.probe import Probe, Row, first_groups, measure_noise
+from megapsft.train.precision import name_of
+from megapsft.train.probe import FEATURES, Probe, changed, first_groups, is_on, measure_noise
 from tests.ranks import run_ranks
 
 COLUMNS = ("data.columns.prompt=question", "data.columns.demonstration=answer")
@@ -30,17 +29,6 @@ TP2 = "parallel.tensor_model_parallel_size=2"
 EP2 = ("parallel.expert_model_parallel_size=2", "parallel.expert_tensor_parallel_size=1")
 PP2 = "parallel.pipeline_model_parallel_size=2"
 MERGED = "train.no_grad_microbatches"
-
-
-@pytest.fixture(scope="module")
-def scaled(tiny_models, tmp_path_factory) -> Path:
-    """The tiny mixture of experts with weights six times larger: a flat random one hardly cares where its tokens go."""
-    folder = tmp_path_factory.mktemp("scaled") / "qwen3_moe"
-    shutil.copytree(tiny_models("qwen3_moe"), folder)
-    weights = load_file(folder / "model.safetensors")
-    larger = {name: tensor * 6 if tensor.dim() > 1 else tensor for name, tensor in weights.items()}
-    save_file(larger, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def plan_of(model, data, *more, world=1):
@@ -94,6 +82,20 @@ def test_the_training_pass_has_the_bits_of_the_old_pass(one_rank):
     assert one_rank.notes == ()
 
 
+def test_bfloat16_beside_float32(one_rank):
+    (precision,) = one_rank.precisions
+    assert (precision.name, precision.finer) == ("bfloat16", "float32")
+    assert {len(getattr(precision, field)) for field in QUANTITIES} == {trained(one_rank)}
+    assert np.array_equal(precision.logprob, np.abs(row(one_rank, "not shared", "in float32", False).log_ratios))
+    assert 2**-10 < np.median(precision.logits_rms) < 2**-4  # a few roundings of 2^-9 each, in every layer
+    assert 0 <= precision.kl.min() < np.median(precision.kl) < precision.kl.max()
+    assert precision.logprob.mean() ** 2 < 10 * precision.kl.mean()  # both are of the second order in the logits' error
+    assert 0.8 < precision.same_top < 1
+    text = printed(precision_table, precision)
+    assert "bfloat16 beside float32" in text
+    assert "…" not in text
+
+
 def trained(probe: Probe) -> int:
     return len(probe.rows[0].log_ratios)
 
@@ -111,6 +113,11 @@ def test_on_two_ranks(more, one_rank, scaled, tiny_data):
     for ours, theirs in zip(first.rows, second.rows, strict=True):
         assert np.array_equal(ours.log_ratios, theirs.log_ratios)
         assert ours.flipped == theirs.flipped
+    for ours, theirs, alone in zip(first.precisions, second.precisions, one_rank.precisions, strict=True):
+        for field in QUANTITIES:
+            assert np.array_equal(getattr(ours, field), getattr(theirs, field))
+            rel = 0.6 if field == "kl" else 0.3  # of the second order in the others
+            assert np.median(getattr(ours, field)) == pytest.approx(np.median(getattr(alone, field)), rel=rel), field
     assert trained(first) == trained(one_rank)
     here, there = (row(probe, "not shared", "in float32", False) for probe in (first, one_rank))
     assert here.flipped == pytest.approx(there.flipped, rel=0.3)
@@ -127,6 +134,10 @@ def test_unpacked_rows_have_the_same_noise_on_one_rank_and_on_two(scaled, tiny_d
     for one, other in zip(alone.rows, first.rows, strict=True):
         np.testing.assert_allclose(other.log_ratios, one.log_ratios, rtol=1e-6, atol=1e-9)
         assert other.flipped == one.flipped
+    for one, other in zip(alone.precisions, first.precisions, strict=True):
+        for field in QUANTITIES:
+            np.testing.assert_allclose(getattr(other, field), getattr(one, field), rtol=1e-6, atol=1e-9)
+        assert other.same_top == one.same_top
 
 
 def test_merged_packs_are_named_as_the_cause(scaled, tiny_data):
@@ -150,19 +161,19 @@ def test_a_dense_model_has_no_replay(tiny_models, tiny_data):
     assert {r.replayed for r in probe.rows} == {None}
     assert [r.title for r in probe.rows] == ["as configured", "2 packs as one", "not recomputed", "unpacked", "in float32"]
     assert 1e-5 < probe.floor(probe.rows[-1]).mean < 1e-2
-    text = printed(probe)
+    text = printed(probe_table, probe)
     assert "flips" not in text
     assert "replay" not in text + verdict(probe)
 
 
-def printed(probe: Probe, width: int = 80) -> str:
+def printed(table, of, width: int = 80) -> str:
     console = Console(width=width, file=io.StringIO())
-    console.print(probe_table(probe))
+    console.print(table(of))
     return console.file.getvalue()
 
 
 def test_the_table_fits_80_columns(one_rank):
-    text = printed(one_rank)
+    text = printed(probe_table, one_rank)
     assert "…" not in text
     assert f"{trained(one_rank):,} tokens; clip range 0 to 1.28" in text
     assert "flips" in text
@@ -200,6 +211,10 @@ def test_samples_of_several_updates(tiny_models, tiny_data):
     counts = [sum(int(s.loss_mask[1:].sum()) for g in first_groups(plan, samples) for s in g) for samples in (None, 12)]
     assert [trained(few), trained(many)] == counts
     assert few.notes == ("The training pass has no feature that an old pass could lack.",)
+    assert few.precisions == ()
+    assert (few.limit, at_the_gate(dataclasses.replace(few, limit=0.001))) == (
+        None, "Training would begin: train.max_noise_clipped is 0.1%.",
+    )  # fmt: skip
 
 
 def _twelve(*arguments) -> Probe:
@@ -241,6 +256,23 @@ def test_a_floor_in_numbers():
     assert floor.clipped == 0.4  # 1.29 above, 0.49 below
 
 
+def test_what_training_would_say():
+    probe = dataclasses.replace(made_up(NOISE), limit=0.3)
+    assert at_the_gate(probe) == "Training would be refused: train.max_noise_clipped is 30%."
+    assert at_the_gate(dataclasses.replace(probe, limit=0.4)).startswith("Training would begin")
+
+
+def test_fp8_is_a_feature_beside_the_dtype(tiny_models, tiny_data):
+    """What it would be compared with: bfloat16, and float32 without it. Here it cannot be computed."""
+    plan = plan_of(tiny_models("qwen3"), tiny_data, *COLUMNS)
+    eight = changed(plan, "fp8.format", "hybrid")
+    assert [feature.without for feature in FEATURES if is_on(eight, feature)] == ["unpacked", "in bfloat16", "in float32"]
+    assert name_of(eight.config) == "FP8 (hybrid, tensorwise)"
+    assert changed(eight, "fp8.format", None).config == plan.config
+    single = changed(eight, "model.dtype", "float32").config
+    assert (single.fp8.format, name_of(single)) == (None, "float32")
+
+
 def test_the_cause_is_what_lowers_the_floor_most():
     probe = made_up(NOISE, removed("data.packing", 0.4), removed("model.dtype", 0.1))
     assert verdict(probe).endswith("the cause is the rounding of bfloat16; remedy: model.dtype=float32.")
@@ -256,11 +288,11 @@ def test_noise_that_nothing_explains():
     again = Row(kind="repeated", title="training twice", log_ratios=FAR)
     probe = made_up(NOISE, again, removed("data.packing", 0.9))
     assert "the cause is the device" in verdict(probe)
-    assert "training twice" in printed(probe)
+    assert "training twice" in printed(probe_table, probe)
 
 
 def test_the_tail_that_is_drawn():
-    x, share = tail(np.log([1.0, 1.5, 2.0, 3.0]))
+    x, share = tail(np.array([0.0, 0.5, 1.0, 2.0]))
     np.testing.assert_allclose(x, [0.5, 1.0, 2.0])
     np.testing.assert_allclose(share, [0.75, 0.5, 0.25])
     assert len(tail(np.zeros(3))[0]) == 0
