@@ -88,7 +88,7 @@ def _train(arguments: list[str]) -> tuple:
     base, adapters = (whole(policy, rules) for rules in (plan.family.parameters(plan.hf), trained_rules(plan.hf, config.lora)))
     streamed = {name: tensor for name, tensor in export_stream(policy.chunks, plan.hf) if tensor is not None}
     if plan.mesh.world_size == 1:
-        ids = token_ids()
+        ids, policy.head().request = token_ids(), None
         with torch.no_grad():
             logits = policy.gpt_models()[0].eval()(ids, torch.arange(24).expand_as(ids), None)[..., :307]
     shutdown()
@@ -105,7 +105,7 @@ def test_only_adapters_change_and_the_loss_falls(kind, trained):
     assert set(run.adapters) - set(moved) <= {name for name in run.adapters if ".experts." in name}  # some of which saw no token
     assert len(moved) > 0.7 * len(run.adapters)
     records = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    assert records[-1]["objective/nll"] < records[0]["objective/nll"] - 0.1
+    assert records[-1]["objective/nll"] < records[0]["objective/nll"] - 0.05
     assert records[-2]["objective/ratio_max"] == records[-2]["objective/ratio_min"] == 1.0  # the first of a step of PSFT
     keys = DistWeights(run.folder / "checkpoints/latest", read_config(run.model), adapter=True).tensors.keys()
     assert keys == run.adapters.keys()
