@@ -23,6 +23,7 @@ from megapsft.config import load_config
 from megapsft.data.pack import pack
 from megapsft.data.plan import Layout
 from megapsft.models.families import family_of
+from megapsft.models.flops import active_per_token, model_flops
 from megapsft.models.hf_config import HFConfig
 from megapsft.objectives.registry import build_objective
 from megapsft.parallel import plan_mesh
@@ -126,7 +127,7 @@ def facts(made: Slice) -> dict[str, Any]:
         "layers": hf.num_hidden_layers,
         "hidden_size": hf.hidden_size,
         "parameters": sum(p.numel() for chunk in made.policy.chunks for p in chunk.parameters()),
-        "active_weights_of_a_layer": active_weights(made),
+        "active_weights_of_a_layer": sum(active_per_token(made.hf)),
         "linear": type(made.policy.gpt_models()[0].decoder.layers[0].self_attention.linear_qkv).__name__,
         "head": made.policy.head().backend,
         "optimizer": type(made.optimizer.chained_optimizers[0].optimizer).__name__,
@@ -192,24 +193,7 @@ def psft(made: Slice, packing: Packing) -> dict[str, Any]:
 
 def size(made: Slice, packing: Packing, updates: int) -> dict[str, Any]:
     tokens = made.sizes.tokens * updates
-    return {"tokens": tokens, "model_flop": tokens * model_flop_of_a_token(made, packing.sample)}
-
-
-def model_flop_of_a_token(made: Slice, length: int) -> float:
-    """Of training: forward and twice that backward; nothing twice, no padding; half of the attention, which is causal."""
-    hf = made.hf
-    attention = 4 * hf.num_attention_heads * hf.head_dim * length / 2
-    layer = 2 * active_weights(made) + attention
-    return 3 * (hf.num_hidden_layers * layer + 2 * hf.vocab_size * hf.hidden_size)
-
-
-def active_weights(made: Slice) -> int:
-    """Numbers of a layer's matrices that a token is multiplied with: of its experts those that it goes to."""
-    hf, layer = made.hf, made.policy.gpt_models()[0].decoder.layers[0]
-    matrices = {name: p.numel() for name, p in layer.named_parameters() if p.dim() == 2}
-    experts = sum(numel for name, numel in matrices.items() if ".experts." in name)
-    chosen = experts * hf.num_experts_per_tok // hf.num_experts if experts else 0
-    return sum(matrices.values()) - experts + chosen
+    return {"tokens": tokens, "model_flop": model_flops(made.hf, tokens, tokens * packing.sample)}
 
 
 def batch(made: Slice, packing: Packing, objective: Objective, updates: int) -> TrainBatch:

@@ -291,6 +291,9 @@ def check_adapters(config: Config, mesh: Mesh, hf: HFConfig, objective: Objectiv
     if config.fp8.param_gather:
         rule = "holds the weights that are trained in FP8, and with lora.rank adapters are trained, in bfloat16"
         raise Refused("fp8.param_gather=true", rule, "leave it out")
+    if config.fp8.format is not None and config.fp8.recipe == "delayed":
+        rule = "has scales of earlier passes, which checkpoints of adapters do not keep"
+        raise Refused("fp8.recipe=delayed", rule, "use fp8.recipe=tensorwise, or lora.rank=null")
     if objective.critic:
         rule = f"trains adapters, and objective.name={config.objective['name']} a critic, of which all weights are trained"
         raise Refused(f"lora.rank={lora.rank}", rule, "use an objective without one, such as grpo, or lora.rank=null")
