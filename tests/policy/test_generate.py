@@ -267,7 +267,8 @@ def same(rollouts, expected):
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_is_that_of_transformers_and_logprobs_are_the_policys(name, models):
     folder, told = models(name)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    kind = transformers.AutoModelForImageTextToText if "-vl" in name else transformers.AutoModelForCausalLM
+    model = kind.from_pretrained(folder, attn_implementation="eager").eval()
     for request, rollout in zip(REQUESTS, told["greedy"], strict=True):
         prompt = torch.tensor([request.prompt_ids])
         seen = torch.ones_like(prompt)  # else the padding token would be masked in the prompt, too
