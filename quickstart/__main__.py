@@ -18,7 +18,7 @@ from megapsft.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/quickstart.yaml"
-MADE = ("train.jsonl", "heldout.jsonl", "model", "run", "export", "curves.png")  # below the output folder
+MADE = ("train.jsonl", "heldout.jsonl", "model", "run", "export", "curves.png", "curves-step.png")  # below the output folder
 WIDTH = "120"  # of tables in a log; a terminal knows its own
 
 
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     start = time.monotonic()
     clear(out)
-    train, heldout, model, run, export, curves = (str(out / name) for name in MADE)
+    train, heldout, model, run, export, curves, _ = (str(out / name) for name in MADE)
     steps = (
         ("megapsft", "make-data", "--out", train, "--count", "8000"),
         ("megapsft", "make-data", "--out", heldout, "--count", "20", "--seed", "1"),
@@ -78,6 +78,7 @@ def carry_out(command: tuple[str, ...]) -> bool:
 def report(out: Path, seconds: float) -> None:
     print(f"\nmodel, for transformers  {out / 'export'}")
     print(f"curves                   {out / 'curves.png'}")
+    print(f"where a step goes        {out / 'curves-step.png'}")
     print(f"tensorboard --logdir     {out / 'run' / 'tensorboard'}")
     print(f"quickstart: done in {seconds:.0f} s")
 

@@ -29,7 +29,8 @@ def test_few_steps(tmp_path):
 
     assert sorted(path.name for path in out.iterdir()) == sorted(MADE)
     assert list((out / "run/tensorboard").glob("events*"))
-    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("curves.png", "curves-step.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
     assert transformers.AutoConfig.from_pretrained(out / "export").architectures == ["Qwen3MoeForCausalLM"]
     records = [json.loads(line) for line in (out / "run/metrics.jsonl").read_text().splitlines()]
     assert [record["objective"] for record in records] == ["sft"] * 16 + ["psft"] * 16
