@@ -63,8 +63,8 @@ def test_ends_are_those_of_the_sampling_alone(two_urls, dense, tmp_path):
     changed["lm_head.weight"][end] = 0  # logit 0 among others of a few hundredths: it is drawn now and then
     with engine_of(two_urls, dense, tmp_path) as engine:
         engine.load_weights(changed.items(), 2)
-        without = engine.generate(requests(8), Sampling(max_tokens=200))
-        stopped = engine.generate(requests(8), Sampling(max_tokens=200, stop_token_ids=(end,)))
+        without = engine.generate(requests(32), Sampling(max_tokens=200))
+        stopped = engine.generate(requests(32), Sampling(max_tokens=200, stop_token_ids=(end,)))
     assert any(end in rollout.response_ids for rollout in without)
     assert {(rollout.finish_reason, len(rollout.response_ids)) for rollout in without} == {("length", 200)}
     assert all(len(rollout.rollout_logprobs) == 200 for rollout in without)
