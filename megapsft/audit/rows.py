@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -167,7 +168,7 @@ def _demonstration(record: dict[str, Any], config: DataConfig, source: str, numb
 def _preference(record: dict[str, Any], config: DataConfig, source: str, number: int) -> Parsed:
     row = parse_preference(record, config.columns, source)
     responses = tuple(Response(name=name, words=words) for name, words in zip(SIDES, row.responses, strict=True))
-    check = lambda ids: check_ref_logprobs(row, ids, config.columns)  # noqa: E731
+    check = partial(check_ref_logprobs, row, columns=config.columns)
     return Parsed(number=number, source=source, prompt=row.prompt, responses=responses, check=check)
 
 
