@@ -21,8 +21,6 @@ from megapsft.policy.build import DTYPES, model_shape
 from megapsft.train.phases import Phase, phases
 from megapsft.train.plan import check_adapters, check_minibatch
 
-OURS = Execution()
-
 
 @dataclass(frozen=True, kw_only=True)
 class StepTime:
@@ -108,16 +106,18 @@ class Estimate:
 
 
 def estimate(
-    config: Config, hf: HFConfig, machines: Machines, execution: Execution = OURS, phase: Phase | None = None
+    config: Config, hf: HFConfig, machines: Machines, execution: Execution | None = None, phase: Phase | None = None
 ) -> Estimate:
     """The plan of `config` on these machines. No data is read, and no weights.
 
     Args:
+        execution: of another system; None: ours, with products of layers in FP8 where the config has them so.
         phase: the last of `config`, where it was made already: of thousands of splits it is the same.
 
     Raises:
         Refused: a split that does not fit the model or the number of GPUs, or leaves ranks without a sample; a minibatch that
-            does not divide the batch; samples longer than the model's positions; what the objective refuses.
+            does not divide the batch; FP8 on a GPU that has none; samples longer than the model's positions; what the
+            objective refuses.
     """
     check_minibatch(config.train)
     if config.data.max_length > hf.max_position_embeddings:
@@ -129,6 +129,7 @@ def estimate(
     phase = phase or phases(config)[-1]
     check_adapters(config, mesh, hf, phase.objective)
     work = workload(config, mesh, phase)
+    execution = execution or Execution(fp8=config.fp8.format is not None)
     time, sent = _Step(config, hf, machines, mesh, work, execution).take()
     stages = tuple(stage_memory(config, hf, mesh, work, stage, execution) for stage in range(mesh.pp))
     return Estimate(config=config, hf=hf, machines=machines, mesh=mesh, work=work, stages=stages, time=time, traffic=tuple(sent))

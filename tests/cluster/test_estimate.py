@@ -99,6 +99,12 @@ def test_recomputing_experts_drops_what_they_keep():
     assert moe.stages[0].activations < 0.5 * plain.stages[0].activations
 
 
+def test_products_in_fp8_take_less_time_where_a_gpu_has_them_and_are_refused_elsewhere():
+    assert plan("fp8.format=hybrid").time.total < plan().time.total
+    with pytest.raises(Refused, match="FP8: needs a GPU with FP8; use bfloat16"):
+        plan("fp8.format=hybrid", gpu="a100")
+
+
 def test_the_first_stages_hold_more_microbatches():
     mesh = plan(f"{PP}=4").mesh
     assert [chunks_in_flight(mesh, stage, 16) for stage in range(4)] == [4, 3, 2, 1]
