@@ -52,6 +52,7 @@ from megapsft.train.profile import Profile
 from megapsft.train.sampled import Sampled
 from megapsft.train.sources import Rows, Source
 from megapsft.train.stop import Stop, go_on
+from megapsft.train.tokens import Tokens, forget_tokens
 from megapsft.train.update import Report
 from megapsft.train.watch import Watch
 from megapsft.types import Group, Objective, TrainBatch
@@ -105,6 +106,7 @@ class Run:
     hang: HangWatch | None = None
     parts: Clock = field(default_factory=Clock)  # of the step
     profile: Profile | None = None
+    tokens: Tokens | None = None  # where log.tokens asks for it
     peak_flops: float | None = None  # FLOP/s of a device, where they are known
     clock: float = field(default_factory=time.perf_counter)
 
@@ -131,6 +133,8 @@ class Run:
                 self.reference = build_reference(self.plan, self.policy)
         if phase.objective.critic and self.critic is None:
             self.critic = build_critic(self.plan)
+        if self.tokens:
+            self.tokens.begin(step, self.source.epoch(step))
         self.heart.begin()
         return phase
 
@@ -196,6 +200,8 @@ class Run:
         }
         metrics |= self._speed(metrics)
         self.reports.append(metrics)
+        if self.tokens:
+            self.tokens.end_update(done.update, report.skipped is not None)
         if self.sinks:
             self.sinks.write_update(self._record(step, phase) | metrics)
         if self.progress:
@@ -290,6 +296,8 @@ class Run:
         if not (self.stopped or step + 1 == phase.end or (interval and (step + 1) % interval == 0)):
             return
         self.heart.rest()
+        if self.tokens:
+            self.tokens.write_counts()
         score = sum(self.since_checkpoint) / len(self.since_checkpoint) if self.since_checkpoint else None
         self.since_checkpoint = []
         state = dataclasses.asdict(self.done) | ({BASE: self.plan.base} if self.plan.base else {})
@@ -314,6 +322,8 @@ class Run:
         if self.evaluation is not None:
             self.evaluation.close()
         self.source.close()
+        if self.tokens:
+            self.tokens.close()
         if self.progress:
             self.progress.stop()
         if self.sinks:
@@ -378,6 +388,8 @@ def start(plan: RunPlan, evaluation: Evaluation | None = None, signalled: Callab
     if plan.checkpoint is not None:
         _continue(run, plan.checkpoint)
     run.sinks = _open_sinks(plan, run.done) if first else None
+    if config.log.tokens:
+        run.tokens = Tokens(run_folder(config) / "tokens", config.log, plan.template, plan.hf.vocab_size, policy.device)
     run.progress = _open_progress(plan, run.done) if first and config.log.progress else None
     (planned, _), (backend, why) = (choose(config.model.logprob_backend) for choose in (choose_backend, working_backend))
     if backend != planned:
@@ -494,6 +506,7 @@ def _open_sinks(plan: RunPlan, done: Progressed) -> Sinks:
     config, folder = plan.config, run_folder(plan.config)
     config_file(config).write_text(to_yaml(config))
     (folder / "revision.txt").write_text(revision() + "\n")
+    forget_tokens(folder / "tokens", done.update)
     keep_model(Path(config.model.path), folder / "model")
     if config.lora.rank is not None:
         keep_adapter_config(config.lora, Path(config.model.path), folder / "model")
@@ -534,4 +547,3 @@ def revision() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return f"megapsft {__version__}"
     return f"megapsft {__version__} {described.stdout.strip()}".strip()
-
