@@ -9,6 +9,7 @@ import tyro
 
 from megapsft.cli.audit import audit
 from megapsft.cli.cancel import cancel
+from megapsft.cli.compare import compare
 from megapsft.cli.config import config
 from megapsft.cli.convert import CONVERT, convert
 from megapsft.cli.curves import curves
@@ -39,6 +40,7 @@ COMMANDS = {
     "pipeline": pipeline,
     "audit": audit,
     "probe": probe,
+    "compare": compare,
     "export": export,
     "convert": convert,
     "init-model": init_model,
@@ -56,7 +58,7 @@ COMMANDS = {
     "cancel": cancel,
     "sweep": sweep,
 }
-WITH_OVERRIDES = ("train", "pipeline", "audit", "probe", "config", "plan", "serve", "submit", "sweep")
+WITH_OVERRIDES = ("train", "pipeline", "audit", "probe", "compare", "config", "plan", "serve", "submit", "sweep")
 
 
 def main(arguments: list[str] | None = None) -> int:

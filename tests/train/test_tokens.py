@@ -188,7 +188,7 @@ def _skipped(model, data, folder):
     initialize(plan.mesh, plan.config.parallel, seed=1)
     tokens = Tokens(folder / "tokens", plan.config.log, plan.template, plan.hf.vocab_size)
     mask = torch.ones(1, 4, dtype=torch.bool)
-    batch = microbatch(mask, mask / 4)
+    batch = microbatch(mask, mask / 4, old_logprobs=torch.full((1, 4), -1.0))
     output = PolicyOutput(logprobs=torch.full((1, 4), -1.0), entropy=torch.ones(1, 4))
     metrics = PSFT()(output, batch)[1]
     tokens.begin(0, 0.0)
