@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from megapsft.metrics.records import read_records
 from megapsft.report.figure import Histogram, Series
 
 BINS = 20
@@ -30,4 +32,16 @@ def probability_histogram(logprobs: Mapping[str, Sequence[float | None]], name: 
     )  # fmt: skip
 
 
-__all__ = ["probability_histogram"]
+def first_and_last(run: Path) -> dict[str, list[float | None]]:
+    """Name -> log-probabilities of the first and of the last step that RUN/tokens recorded; they may be the same, or none."""
+    files: dict[str, list[Path]] = {}
+    for file in sorted((run / "tokens").glob("step-*.jsonl")):
+        files.setdefault(file.name.split("-")[1], []).append(file)
+    ends = list(dict.fromkeys([*list(files)[:1], *list(files)[-1:]]))
+    return {
+        f"step {int(step)}": [value for file in files[step] for line in read_records(file) for value in line["logprobs"]]
+        for step in ends
+    }
+
+
+__all__ = ["first_and_last", "probability_histogram"]

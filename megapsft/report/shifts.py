@@ -13,6 +13,7 @@ from megapsft.train.comparison import Comparison, Seen, Word, by_word
 BINS = 40
 LEAST = 3  # occurrences of a word, for its mean to say something
 ROWS = 10  # words that gained, and as many that lost
+MOST = 600  # tokens of a response
 UNIT = "shift of probability (no unit)"
 
 
@@ -36,7 +37,7 @@ def shift_histogram(comparison: Comparison, name: str = "shift") -> Histogram:
 
 
 def heat(comparison: Comparison, seen: Seen, number: int, name: str) -> Heat:
-    """One response; colours have the same scale for every model and response of the comparison."""
+    """One response, or the first of its tokens; colours have the same scale for every model and response of the comparison."""
     end = max(float(np.abs(comparison.shift(one)).max()) for one in comparison.tuned)
     where = comparison.response(number)
     base, tuned, shift = comparison.base.probabilities, seen.probabilities, comparison.shift(seen)
@@ -47,10 +48,11 @@ def heat(comparison: Comparison, seen: Seen, number: int, name: str) -> Heat:
             f"p {base[place]:.3g} → {tuned[place]:.3g}, place {comparison.base.ranks[place]} → {seen.ranks[place]}, "
             f"entropy {comparison.base.entropy[place]:.2f} → {seen.entropy[place]:.2f} nats",
         )
-        for place in range(where.start, where.stop)
+        for place in range(where.start, min(where.stop, where.start + MOST))
     ]
     title = f"{seen.name}: {comparison.sources[number]}"
-    return Heat(name=name, title=title, unit=UNIT, tokens=tokens, low=-end, high=end)
+    note = f"The first {MOST} of {where.stop - where.start:,} tokens." if where.stop - where.start > MOST else ""
+    return Heat(name=name, title=title, unit=UNIT, tokens=tokens, low=-end, high=end, note=note)
 
 
 def words(comparison: Comparison, seen: Seen, name: str) -> Grid:

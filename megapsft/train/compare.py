@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from megapsft.config import Config, load_config
 from megapsft.errors import Refused
+from megapsft.platform.memory import free_models
 from megapsft.policy.build import Policy
 from megapsft.policy.head.ranks import label_ranks
 from megapsft.policy.hidden import trained_hidden
@@ -27,6 +27,7 @@ ROWS = 128  # of the data, where the user does not say how many
 AT_ONCE = 32  # rows of a minibatch: what the bar of progress advances by
 OBJECTIVES = {"demonstrations": "sft", "rollouts": "sft", "preferences": "dpo"}  # kind -> one that trains all of its responses
 READ = ("data.", "model.", "parallel.", "fp8.", "train.temperature=")  # what a comparison asks of a config
+KNOWN = "data.*, model.*, parallel.*, fp8.* and train.temperature"
 OPTIONS = {"data.path=": "--data", "data.limit=": "--rows", "model.path=": "--base"}
 CHANNELS = ("logprobs", "entropy", "ranks", "kl", "kl_of_base")
 
@@ -61,8 +62,7 @@ def config_of(base: Path, data: Path, rows: int, overrides: Sequence[str]) -> Co
             if text.startswith(key):
                 raise Refused(text, f"is what {option} says", "leave it out")
         if not text.startswith(READ):
-            known = ", ".join(name.removesuffix("=").replace(".", ".*", name.endswith(".")) for name in READ)
-            raise Refused(text, "is not read by a comparison", f"it reads {known}")
+            raise Refused(text, "is not read by a comparison", f"it reads {KNOWN}")
     if rows < 1:
         raise Refused(f"--rows {rows}", "must be 1 or more", "leave it out")
     kind = load_config(None, overrides).data.kind
@@ -155,7 +155,7 @@ def _measure(
     ranks = channels.pop("ranks").astype(np.int64)
     kept = Kept(hidden, None if weight is None else weight.detach().cpu()) if base is None else None
     del policy, weight
-    gc.collect()  # Megatron's wrappers hold themselves in cycles
+    free_models()
     return Seen(name=folder.name, path=str(folder.path), ranks=ranks, **channels), kept
 
 

@@ -21,7 +21,7 @@ from megapsft.models.hf_config import HFConfig
 from megapsft.parallel import plan_mesh
 from megapsft.platform.cpu import has_cuda
 from megapsft.policy.build import Policy, build_chunks, half, model_shape, transformer_config
-from megapsft.train.plan import RunPlan
+from megapsft.train.plan import RunPlan, layout_of
 from megapsft.train.run import policy_of
 
 
@@ -90,7 +90,7 @@ def plan_of(plan: RunPlan, folder: Folder) -> RunPlan:
     """The plan with the model of `folder` in place of its own; samples stay as they are.
 
     Raises:
-        Refused: the model cannot be split so, or has not the context for these samples.
+        Refused: the model cannot be split or packed so, or has not the context for these samples.
     """
     config, hf = plan.config, folder.hf
     longest = max(len(sample) for sample in plan.data.samples)
@@ -98,6 +98,9 @@ def plan_of(plan: RunPlan, folder: Folder) -> RunPlan:
         rule = f"has a context of {hf.max_position_embeddings} tokens, and the longest sample has {longest}"
         raise Refused(str(folder.path), rule, f"use data.max_length={hf.max_position_embeddings}")
     mesh = plan_mesh(config.parallel, plan.mesh.world_size, model_shape(hf), has_cuda(), config.model.moe_token_dispatcher_type)
+    if layout_of(config, mesh) != plan.layout():  # experts are split otherwise: tokens would not be where the base's are
+        rule = f"would have its samples packed otherwise than {config.model.path}"
+        raise Refused(str(folder.path), rule, "use parallel.sequence_parallel=true, or no tensor and expert parallelism")
     model = dataclasses.replace(config.model, path=str(folder.path))
     return dataclasses.replace(plan, config=dataclasses.replace(config, model=model), hf=hf, family=family_of(hf), mesh=mesh)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megapsft.report.clipped import Clipped, by_epoch, cloud, rates, read_counts
-from megapsft.report.probabilities import probability_histogram
+from megapsft.report.probabilities import first_and_last, probability_histogram
 from megapsft.report.words import spelt
 
 LINES = [  # wait is rare and clipped often; the is frequent and clipped more times
@@ -60,6 +60,15 @@ def test_probabilities():
     assert base[10] == pytest.approx(100)
     assert shown.log_y
     assert shown.edges[:2] == pytest.approx([0, 0.05])
+
+
+def test_the_first_and_the_last_step_that_were_recorded(tmp_path):
+    assert first_and_last(tmp_path) == {}
+    (tmp_path / "tokens").mkdir()
+    for step, update, logprobs in ((2, 3, [-1.0, None]), (2, 4, [-2.0]), (4, 7, [-3.0]), (10, 19, [-0.5, -0.25])):
+        file = tmp_path / f"tokens/step-{step:06d}-update-{update:06d}.jsonl"
+        file.write_text(json.dumps({"logprobs": logprobs}) + "\n")
+    assert first_and_last(tmp_path) == {"step 2": [-1.0, None, -2.0], "step 10": [-0.5, -0.25]}
 
 
 def test_white_space_is_seen():
