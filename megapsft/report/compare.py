@@ -23,7 +23,16 @@ from megapsft.train.comparison import Comparison, Seen, from_json, to_json
 
 THRESHOLDS = (0.01, 0.1, 0.5)  # of |shift|
 RESPONSES = 3  # on the page, of each name
-HEADING = ("model", "nll", "entropy", "likeliest", "KL(model‖base)", "KL(base‖model)", *(f"|shift|>{t:g}" for t in THRESHOLDS))
+HEADING = (
+    "model",
+    "folder",
+    "nll",
+    "entropy",
+    "likeliest",
+    "KL(model‖base)",
+    "KL(base‖model)",
+    *(f"|shift|>{t:g}" for t in THRESHOLDS),
+)
 NOTE = (
     "Means over the tokens of the responses; nll, entropy and KL are in nats, KL over the full vocabulary. likeliest: share of "
     "tokens that no other word beats. shift: p model − p base."
@@ -36,7 +45,13 @@ def summary(comparison: Comparison) -> list[list[str]]:
 
 
 def _cells(comparison: Comparison, seen: Seen) -> list[str]:
-    cells = [seen.name, f"{-seen.logprobs.mean():.4f}", f"{seen.entropy.mean():.4f}", f"{(seen.ranks == 1).mean():.1%}"]
+    cells = [
+        seen.name,
+        Path(seen.path).name,
+        f"{-seen.logprobs.mean():.4f}",
+        f"{seen.entropy.mean():.4f}",
+        f"{(seen.ranks == 1).mean():.1%}",
+    ]
     if seen is comparison.base:
         return cells + ["–"] * (2 + len(THRESHOLDS))
     away = np.abs(comparison.shift(seen))
@@ -76,7 +91,7 @@ def figures(comparison: Comparison) -> dict[str, list[Figure]]:
     last = last_of_each(comparison)
     seen = {one.name: one.logprobs.tolist() for one in (comparison.base, *last)}
     title = "Probabilities of the tokens of the responses"
-    numbers = frozenset(range(1, len(HEADING)))
+    numbers = frozenset(range(2, len(HEADING)))
     models = Grid(name="models", title="Models", heading=HEADING, rows=summary(comparison), numbers=numbers, note=NOTE)
     responses = [
         heat(comparison, one, number, f"heat-{at}-{number}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megapsft.report.figure import Chart, Grid, Line
 from megapsft.train.comparison import Comparison, Seen
 
@@ -32,7 +34,7 @@ def dynamics(comparison: Comparison) -> list[Chart]:
     for number, reference in enumerate(comparison.references, start=1):
         lines = [
             Line(name=name, x=[d[0] for _, d in path], y=[d[number] for _, d in path], colour=colour, dots=True)
-            for colour, (name, path) in enumerate(paths.items())
+            for colour, (name, path) in enumerate(paths.items(), start=1)
         ]
         charts.append(
             Chart(
@@ -48,7 +50,7 @@ def dynamics(comparison: Comparison) -> list[Chart]:
         return charts
     lines = [
         Line(name=name, x=list(range(len(path))), y=[d[0] for _, d in path], colour=colour, dots=True)
-        for colour, (name, path) in enumerate(paths.items())
+        for colour, (name, path) in enumerate(paths.items(), start=1)
     ]
     return [
         Chart(
@@ -66,7 +68,7 @@ def distance_grid(comparison: Comparison) -> Grid:
     """The same in numbers, the references among themselves too."""
     to = (comparison.base, *comparison.references)
     rows = [
-        [seen.name, seen.path, *(f"{comparison.distance(seen, reference):.5f}" for reference in to)]
+        [seen.name, Path(seen.path).name, *(f"{comparison.distance(seen, reference):.5f}" for reference in to)]
         for seen in (*to, *comparison.tuned)
     ]
     heading = ["model", "folder", *(f"to {reference.name}" for reference in to)]

@@ -26,7 +26,7 @@ def shift_histogram(comparison: Comparison, name: str = "shift") -> Histogram:
     """Shares of tokens by shift, of the last model of each name."""
     edges = np.linspace(-1, 1, BINS + 1)
     series = []
-    for number, seen in enumerate(last_of_each(comparison)):
+    for number, seen in enumerate(last_of_each(comparison), start=1):  # the base has the first colour
         shift = comparison.shift(seen)
         counts, _ = np.histogram(np.clip(shift, -1, 1), edges)
         series.append(Series(name=seen.name, values=(100 * counts / len(shift)).tolist(), colour=number))

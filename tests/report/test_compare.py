@@ -97,9 +97,9 @@ def test_words_do_not_win_by_their_number(made):
 
 def test_the_summary(made):
     base, teacher, first, second, _ = summary(made)
-    assert base == ["base", f"{-np.log([0.5] * 5 + [0.2]).mean():.4f}", "0.5000", "83.3%", *"–" * 5]
+    assert base == ["base", "base", f"{-np.log([0.5] * 5 + [0.2]).mean():.4f}", "0.5000", "83.3%", *"–" * 5]
     assert first[0] == "psft"
-    assert second[4:] == ["0.10000", "0.20000", "66.7%", "66.7%", "0.0%"]
+    assert second[5:] == ["0.10000", "0.20000", "66.7%", "66.7%", "0.0%"]
     assert teacher[-1] == "0.0%"
 
 
