@@ -87,7 +87,7 @@ def _train_here(plan: RunPlan, evaluation: Evaluation | None, asked: HeldSignal)
     from megapsft import parallel
     from megapsft.platform.compat import hush
     from megapsft.train.loop import train as loop
-    from megapsft.train.run import start
+    from megapsft.train.start import start
 
     hush()
     parallel.initialize(plan.mesh, plan.config.parallel, plan.config.train.seed)

@@ -16,9 +16,10 @@ from megapsft.checkpoint.random_init import init_model
 from megapsft.cluster.memory import Held, held_by_policy
 from megapsft.config import load_config
 from megapsft.parallel import initialize, shutdown
+from megapsft.train.build import build_policy
 from megapsft.train.optimizer import build_optimizer
 from megapsft.train.plan import plan_run
-from megapsft.train.run import Run, build_policy
+from megapsft.train.run import Run
 from megapsft.train.update import update
 from tests.invariants.splits import NAMES
 from tests.ranks import run_ranks

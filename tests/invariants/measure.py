@@ -21,9 +21,10 @@ from megapsft.objectives.registry import build_objective
 from megapsft.parallel import initialize, shutdown
 from megapsft.policy.build import Policy
 from megapsft.policy.constants import with_old_policy
+from megapsft.train.build import build_policy
 from megapsft.train.optimizer import build_optimizer
 from megapsft.train.plan import plan_run
-from megapsft.train.run import Run, build_policy
+from megapsft.train.run import Run
 from megapsft.train.update import update
 
 OBJECTIVES = {"sft": {"name": "sft"}, "psft": {"name": "psft", "clip_high": 0.28}}

@@ -16,10 +16,11 @@ from megapsft.objectives.registry import build_objective
 from megapsft.parallel import initialize, shutdown
 from megapsft.policy.constants import with_old_policy
 from megapsft.policy.reference import Swapped
+from megapsft.train.build import build_critic, build_policy
 from megapsft.train.optimizer import build_optimizer
 from megapsft.train.plan import RunPlan, plan_run
 from megapsft.train.prepare import with_advantages, with_constants
-from megapsft.train.run import Run, build_critic, build_policy
+from megapsft.train.run import Run
 from megapsft.train.update import update
 from megapsft.types import Objective, Sample, TrainBatch
 from tests.invariants.measure import CLIP, whole_gradient

@@ -15,10 +15,11 @@ from megapsft.config import load_config
 from megapsft.objectives.registry import build_objective
 from megapsft.parallel import initialize, shutdown
 from megapsft.policy.constants import with_old_policy
+from megapsft.train.build import build_policy
 from megapsft.train.optimizer import build_optimizer
 from megapsft.train.plan import plan_run
 from megapsft.train.prepare import with_constants
-from megapsft.train.run import Run, build_policy
+from megapsft.train.run import Run
 from megapsft.train.update import update
 from tests.invariants.measure import whole_gradient
 from tests.ranks import run_ranks
