@@ -10,25 +10,24 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import IO, Any, Protocol
 
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.optimizer.optimizer import ChainedOptimizer
-from rich.console import Console
 
 from megapsft.checkpoint.adapters import BASE
 from megapsft.checkpoint.dist import Checkpoints, Trained
 from megapsft.checkpoint.together import from_first
 from megapsft.data.pack import pack
 from megapsft.errors import TrainingStopped
-from megapsft.metrics.sinks import Sinks
 from megapsft.platform.clock import Clock, part
 from megapsft.platform.hang import HangWatch, Heartbeat
 from megapsft.platform.memory import memory_of_fullest_rank
 from megapsft.policy.build import Policy
 from megapsft.policy.reference import Reference
-from megapsft.train.bar import Bar
 from megapsft.train.build import build_critic, build_reference
 from megapsft.train.critic import Critic
 from megapsft.train.gate import gather_evidence
+from megapsft.train.journal import Journal
 from megapsft.train.noise_limit import limit_of
 from megapsft.train.optimizer import forget, learning_rate
 from megapsft.train.phases import Phase, phase_of
@@ -60,8 +59,7 @@ class Run:
     optimizer: ChainedOptimizer
     checkpoints: Checkpoints
     source: Source
-    sinks: Sinks | None  # on the first rank only
-    bar: Bar | None  # on the first rank only, of progress
+    journal: Journal = field(default_factory=Journal)
     done: Progressed = field(default_factory=Progressed)
     reports: list[dict[str, float]] = field(default_factory=list)  # of the step's updates
     since_checkpoint: list[float] = field(default_factory=list)  # `checkpoint.best_metric` of the steps since the last one
@@ -81,7 +79,7 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps still to do, until the run is stopped."""
-        if self.evaluation is not None and not from_first(lambda: self.sinks.evaluated(self.done.step)):
+        if self.evaluation is not None and not from_first(lambda: self.journal.sinks.evaluated(self.done.step)):
             self.evaluate_if_due(self.done.step - 1)  # before the first step, or where a stop came before the benchmarks
         self.clock = time.perf_counter()
         for step in range(self.done.step, self.plan.steps):
@@ -118,12 +116,12 @@ class Run:
         if evidence is None:
             return
         self.done.noise_clipped = evidence.floor.clipped
-        if self.sinks:
+        if dist.get_rank() == 0:
             evidence.write(run_folder(self.plan.config))
         if not evidence.accepted:
             self.close()
             evidence.refuse()
-        self.say(f"Noise: {evidence}; train.max_noise_clipped={limit:g} allows that.")
+        self.journal.say(f"Noise: {evidence}; train.max_noise_clipped={limit:g} allows that.")
         self.clock = time.perf_counter()  # the first update does not count it
 
     def pack(self, groups: list[Group], objective: Objective) -> TrainBatch:
@@ -167,14 +165,9 @@ class Run:
         }
         metrics |= self._speed(metrics)
         self.reports.append(metrics)
-        if self.sinks:
-            self.sinks.write_update(self._record(step, phase) | metrics)
-        if self.bar:
-            if report.skipped:
-                self.bar.console.print(f"[yellow]update {done.update} skipped: {report.skipped}")
-            self.bar.update(phase.objective_name, metrics)
+        self.journal.update(self._record(step, phase) | metrics, report.skipped)
         if step >= phase.policy_from:
-            self.say(self.watch.update(done.update, metrics))
+            self.journal.say(self.watch.update(done.update, metrics))
         if done.skipped_in_a_row >= self.plan.config.train.max_skipped_updates:
             raise TrainingStopped(
                 f"{done.skipped_in_a_row} updates in a row were skipped (train.max_skipped_updates="
@@ -187,15 +180,14 @@ class Run:
         reports, self.reports = self.reports, []
         self.heart.end()
         self.done.step = step + 1
-        if self.bar:
-            self.bar.step(step + 1)
+        self.journal.done(step + 1)
         for name, value in self.source.state().items():
             setattr(self.done, name, value)
         if not reports:
             kind = self.plan.config.data.kind
-            self.say(f"step {step + 1}: {phase.objective_name} trains none of its {kind}; nothing was updated.")
-            if self.sinks and self.source.metrics:
-                self.sinks.write_step(self._record(step, phase) | dict(self.source.metrics))
+            self.journal.say(f"step {step + 1}: {phase.objective_name} trains none of its {kind}; nothing was updated.")
+            if self.source.metrics:
+                self.journal.step(self._record(step, phase) | dict(self.source.metrics))
             return
         record = of_step(reports)
         record |= self._speed(record)
@@ -205,18 +197,11 @@ class Run:
         best = record.get(self.plan.config.checkpoint.best_metric)
         if best is not None and math.isfinite(best) and step >= phase.policy_from:  # before, the policy was not trained
             self.since_checkpoint.append(best)
-        if self.sinks:
-            self.sinks.write_step(self._record(step, phase) | {"epoch": self.source.epoch(step + 1)} | record)
+        self.journal.step(self._record(step, phase) | {"epoch": self.source.epoch(step + 1)} | record)
         if step >= phase.policy_from:
-            self.say(self.watch.step(phase, record, len(reports)))
+            self.journal.say(self.watch.step(phase, record, len(reports)))
         with part("checkpoint"):
             self.checkpoints.finish(blocking=False)
-
-    def say(self, text: str | None) -> None:
-        """A note for the user, above the bar of progress where there is one."""
-        if text and self.sinks:
-            console = self.bar.console if self.bar else Console(stderr=True)
-            console.print(f"[yellow]note:[/] {text}", highlight=False)
 
     def stop_if_asked(self, step: int) -> None:
         """Collective. Whether the run ends after this step: it was asked to, and there is more to do."""
@@ -235,10 +220,9 @@ class Run:
         self.heart.rest()
         with part("evaluate"):
             metrics = self.evaluation(self)
-        if self.sinks:
-            self.sinks.write_evaluation({"update": self.done.update, "step": done} | metrics)
-            found = (f"{key.removeprefix('evaluate/')} {value:.4g}" for key, value in metrics.items())
-            self.say(f"step {done}: {', '.join(found)}")
+        self.journal.evaluation({"update": self.done.update, "step": done} | metrics)
+        found = (f"{key.removeprefix('evaluate/')} {value:.4g}" for key, value in metrics.items())
+        self.journal.say(f"step {done}: {', '.join(found)}")
         self.clock = time.perf_counter()  # the next update does not count it
 
     def save_if_due(self, step: int, phase: Phase) -> None:
@@ -252,6 +236,8 @@ class Run:
         state = dataclasses.asdict(self.done) | ({BASE: self.plan.base} if self.plan.base else {})
         with part("checkpoint"):
             self.checkpoints.save(step + 1, state, self.models(), score)
+        if not self.stopped and step + 1 < self.plan.steps:
+            self._show()
 
     def models(self) -> dict[str, Trained]:
         """What is trained, by the prefix of its keys in checkpoints."""
@@ -266,16 +252,21 @@ class Run:
             self.hang.close()
         with part("checkpoint"):
             self.checkpoints.finish()  # first: where the run was asked to stop, time is short
+        self._show()
         if self.profile:
             self.profile.finish()
         if self.evaluation is not None:
             self.evaluation.close()
         self.source.close()
-        if self.bar:
-            self.bar.close()
-        if self.sinks:
-            self.sinks.close()
+        self.journal.close()
+        if self.stop and dist.get_rank() == 0:
             self.stop.settle(self.done.step, self.stopped)
+
+    def _show(self) -> None:
+        """In the time of no step."""
+        began = time.perf_counter()
+        self.journal.show(run_folder(self.plan.config), self.done.update)
+        self.clock += time.perf_counter() - began
 
     def _write_profile(self) -> None:
         """In the time of no step."""
@@ -283,7 +274,7 @@ class Run:
         began = time.perf_counter()
         self.profile.finish()
         if self.plan.config.profile.tool == "torch":
-            self.say(f"traces are in {run_folder(self.plan.config) / 'profile'}")
+            self.journal.say(f"traces are in {run_folder(self.plan.config) / 'profile'}")
         self.clock += time.perf_counter() - began
 
     def _speed(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -297,4 +288,4 @@ class Run:
         return {"update": self.done.update, "step": step + 1, "phase": name, "objective": phase.objective_name}
 
 
-__all__ = ["Evaluation", "Progressed", "Run"]
+__all__ = ["Evaluation", "Run"]

@@ -15,10 +15,9 @@ from megapsft import __version__
 from megapsft.checkpoint.adapters import keep_adapter_config
 from megapsft.checkpoint.dist import Checkpoints, read_state
 from megapsft.checkpoint.hf_save import keep_model
-from megapsft.config import flatten
 from megapsft.data.prompts import Prompts
 from megapsft.errors import Refused
-from megapsft.metrics.sinks import Sinks, TensorBoard, WandB
+from megapsft.metrics.sinks import Sinks
 from megapsft.platform.chips import bf16_peak, driver_name
 from megapsft.platform.hang import HangWatch, Heartbeat
 from megapsft.policy.backend import choose_backend, working_backend
@@ -26,6 +25,7 @@ from megapsft.policy.build import Policy
 from megapsft.train.bar import Bar
 from megapsft.train.build import build_critic, build_policy, build_reference
 from megapsft.train.engines import open_engine
+from megapsft.train.journal import Journal, Look
 from megapsft.train.optimizer import build_optimizer
 from megapsft.train.phases import phase_of
 from megapsft.train.plan import RunPlan, checkpoint_folder, config_file, run_folder, to_yaml
@@ -35,13 +35,20 @@ from megapsft.train.run import Evaluation, Run
 from megapsft.train.sampled import Sampled
 from megapsft.train.sources import Rows, Source
 from megapsft.train.stop import Stop, go_on
+from megapsft.train.trackers import open_trackers
 
 
-def start(plan: RunPlan, evaluation: Evaluation | None = None, signalled: Callable[[], bool] = lambda: False) -> Run:
+def start(
+    plan: RunPlan,
+    evaluation: Evaluation | None = None,
+    signalled: Callable[[], bool] = lambda: False,
+    look: Look | None = None,
+) -> Run:
     """Collective. Build the policy and its optimizer, fill them from the checkpoint or the Hugging Face folder, open sinks.
 
     Args:
         signalled: whether this rank was sent a signal that asks the run to stop.
+        look: what trackers show beside curves; None: nothing.
     """
     config, first = plan.config, dist.get_rank() == 0
     stop = Stop(run_folder(config), config.run.stop_after, signalled)
@@ -52,18 +59,18 @@ def start(plan: RunPlan, evaluation: Evaluation | None = None, signalled: Callab
     optimizer = build_optimizer(config.optimizer, config.parallel, policy)
     checkpoints = Checkpoints(checkpoint_folder(config), config.checkpoint, plan.pinned_steps)
     state = read_state(plan.checkpoint) if plan.checkpoint else {}
-    run = Run(plan, policy, optimizer, checkpoints, _build_source(plan, policy, state), None, None)
+    run = Run(plan, policy, optimizer, checkpoints, _build_source(plan, policy, state))
     run.evaluation, run.lock, run.stop = evaluation, lock, stop
     run.profile = Profile(config.profile, run_folder(config) / "profile", dist.get_rank())
     run.peak_flops = config.log.peak_flops or bf16_peak(driver_name())
     run.parts.listen()
     if plan.checkpoint is not None:
         _continue(run, plan.checkpoint)
-    run.sinks = _open_sinks(plan, run.done) if first else None
-    run.bar = Bar(plan.steps, run.done.step) if first and config.log.progress else None
+    if first:
+        run.journal = _open_journal(plan, run.done, look)
     (planned, _), (backend, why) = (choose(config.model.logprob_backend) for choose in (choose_backend, working_backend))
     if backend != planned:
-        run.say(f"The head is computed by {backend}, not by {planned}: {why}.")
+        run.journal.say(f"The head is computed by {backend}, not by {planned}: {why}.")
     if config.train.hang_factor is not None:
         run.heart = Heartbeat(config.train.hang_factor, config.train.hang_seconds)
         run.hang = HangWatch(run.heart, run_folder(config) / "stacks", dist.get_rank())
@@ -108,23 +115,19 @@ def _lock(folder: Path) -> IO:
     return file
 
 
-def _open_sinks(plan: RunPlan, done: Progressed) -> Sinks:
+def _open_journal(plan: RunPlan, done: Progressed, look: Look | None) -> Journal:
     config, folder = plan.config, run_folder(plan.config)
     config_file(config).write_text(to_yaml(config))
     (folder / "revision.txt").write_text(revision() + "\n")
     keep_model(Path(config.model.path), folder / "model")
     if config.lora.rank is not None:
         keep_adapter_config(config.lora, Path(config.model.path), folder / "model")
-    trackers: list[Any] = []
-    if config.log.tensorboard:
-        trackers.append(TensorBoard(folder / "tensorboard", resumed_at=done.update))
-    if config.log.wandb != "disabled":
-        trackers.append(
-            WandB(folder, project=config.log.wandb_project, mode=config.log.wandb, name=folder.name, config=flatten(config))
-        )
-    sinks = Sinks(folder, trackers)
+    sinks = Sinks(folder, open_trackers(config, done.update))
     sinks.resume(done.update)
-    return sinks
+    journal = Journal(sinks, Bar(plan.steps, done.step) if config.log.progress else None, look)
+    for tracker in sinks.trackers:
+        journal.say(tracker.note)
+    return journal
 
 
 def revision() -> str:

@@ -74,7 +74,7 @@ def _allocate(options: list[str]) -> tuple[int, Held, Held]:
     initialize(plan.mesh, config.parallel, seed=1)
     policy = build_policy(plan)
     optimizer = build_optimizer(config.optimizer, config.parallel, policy)
-    run = Run(plan, policy, optimizer, None, plan.rows, None, None)
+    run = Run(plan, policy, optimizer, None, plan.rows)
     objective = plan.phases[0].objective
     (minibatch,) = run.pack(plan.rows.next_groups(0), objective).minibatches
     assert update(policy, objective, optimizer, minibatch, lr=1e-4).skipped is None

@@ -67,7 +67,7 @@ def sample(folder: Path, options: list[str]):
         refuses_what_lacks_routing(source)
     finally:
         source.close()
-    run = Run(plan, policy, None, None, source, None, None)
+    run = Run(plan, policy, None, None, source)
     (minibatch,) = run.pack(groups, build_objective(plan.config.objective)).minibatches
     found = [mismatch(minibatch, evaluate(policy, one)) for one in (without_routing(minibatch), minibatch)]
     routed = sum(int((m.rollout_routing[..., 0, 0] >= 0).sum()) for m in minibatch.microbatches)

@@ -53,7 +53,7 @@ def measure(old: Path, new: Path, data: Path, options: tuple[str, ...], samples:
         shapes = {rule.hf: rule.shape for rule in rules}
         fill(policy.chunks, lambda name, index: random(name, shapes[name])[index], plan.hf, rules)
     optimizer = build_optimizer(config.optimizer, config.parallel, policy)
-    run = Run(plan, policy, optimizer, None, plan.rows, None, None)
+    run = Run(plan, policy, optimizer, None, plan.rows)
     results = {}
     for name, section in OBJECTIVES.items():
         objective = build_objective(section)

@@ -48,7 +48,7 @@ def measure_objectives(
     for section in sections:
         objective = build_objective(section)
         kind = "preferences" if "preferences" in objective.trains_on else "rollouts"
-        run = Run(plans[kind], policy, optimizer, None, plans[kind].rows, None, None, reference=reference)
+        run = Run(plans[kind], policy, optimizer, None, plans[kind].rows, reference=reference)
         import_hf(policy.gpt_models(), models["old"], plan.hf)
         run, batch = prepare(run, objective)
         import_hf(policy.gpt_models(), models["new"], plan.hf)

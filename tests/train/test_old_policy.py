@@ -52,7 +52,7 @@ def compare(model, path, more, sections):
     reference.take(policy)
     for section in sections:
         objective = build_objective(section)
-        run = Run(plan, policy, optimizer, None, plan.rows, None, None, reference=reference)
+        run = Run(plan, policy, optimizer, None, plan.rows, reference=reference)
         run, batch = prepare(run, objective)  # with an old policy of a pass of its own
         (explicit,) = batch.minibatches
         bare = tuple(

@@ -35,7 +35,7 @@ def make_run(model, data, *more) -> Run:
     plan = plan_run(config, int(os.environ["WORLD_SIZE"]))
     initialize(plan.mesh, config.parallel, seed=1)
     policy = build_policy(plan)
-    return Run(plan, policy, build_optimizer(config.optimizer, config.parallel, policy), None, plan.rows, None, None)
+    return Run(plan, policy, build_optimizer(config.optimizer, config.parallel, policy), None, plan.rows)
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
