@@ -21,8 +21,8 @@ from megapsft.models.hf_config import HFConfig
 from megapsft.parallel import plan_mesh
 from megapsft.platform.cpu import has_cuda
 from megapsft.policy.build import Policy, build_chunks, half, model_shape, transformer_config
+from megapsft.train.build import policy_of
 from megapsft.train.plan import RunPlan, layout_of
-from megapsft.train.run import policy_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from megapsft.train.compare import compare_models, config_of, plan_comparison
 from megapsft.train.comparison import Comparison, from_json, to_json
 from megapsft.train.loop import train
 from megapsft.train.plan import plan_run
-from megapsft.train.run import start
+from megapsft.train.start import start
 from tests.ranks import run_ranks
 
 COLUMNS = ("data.columns.prompt=question", "data.columns.demonstration=answer", "data.pack_length=512", "model.dtype=float32")

@@ -20,7 +20,7 @@ from megapsft.objectives.psft import PSFT
 from megapsft.parallel import initialize, shutdown
 from megapsft.train.loop import train
 from megapsft.train.plan import plan_run
-from megapsft.train.run import start
+from megapsft.train.start import start
 from megapsft.train.token_rows import COLUMNS, token_record
 from megapsft.train.tokens import Tokens, forget_tokens
 from megapsft.types import PolicyOutput
