@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -12,6 +12,8 @@ from rich.table import Table
 from megapsft.errors import Refused
 from megapsft.metrics.records import read_records
 from megapsft.report.phases import Phase, phases
+
+HEADING = ("phase", "updates", "loss", "nll", "entropy", "clipped")
 
 
 def phase_table(path: str | Path) -> Table:
@@ -27,22 +29,25 @@ def phase_table(path: str | Path) -> Table:
     if not records:
         raise Refused(str(path), "has no records", "wait for the first update of the run")
     table = Table(title=str(path), box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("phase", no_wrap=True)
-    for heading in ("updates", "loss", "nll", "entropy", "clipped"):
+    table.add_column(HEADING[0], no_wrap=True)
+    for heading in HEADING[1:]:
         table.add_column(heading, justify="right", no_wrap=True)
-    skipped_before = 0.0  # the record counts skipped updates from the start of the run
-    for phase in phases(records):
-        skipped = max(phase.values("train/skipped_updates"), default=skipped_before)
-        table.add_row(
-            phase.title,
-            str(len(phase.records)) + (f" ({skipped - skipped_before:.0f} skipped)" if skipped > skipped_before else ""),
-            first_last(phase, "train/loss"),
-            first_last(phase, "objective/nll"),
-            first_last(phase, "policy/entropy"),
-            over(fmean, phase, "objective/clip_fraction"),
-        )
-        skipped_before = skipped
+    for row in phase_rows(phases(records)):
+        table.add_row(*row)
     return table
+
+
+def phase_rows(cut: Sequence[Phase]) -> list[list[str]]:
+    """The cells under HEADING, a row for each phase."""
+    rows = []
+    skipped_before = 0.0  # the record counts skipped updates from the start of the run
+    for phase in cut:
+        skipped = max(phase.values("train/skipped_updates"), default=skipped_before)
+        updates = str(len(phase.records)) + (f" ({skipped - skipped_before:.0f} skipped)" if skipped > skipped_before else "")
+        numbers = [first_last(phase, key) for key in ("train/loss", "objective/nll", "policy/entropy")]
+        rows.append([phase.title, updates, *numbers, over(fmean, phase, "objective/clip_fraction")])
+        skipped_before = skipped
+    return rows
 
 
 def first_last(phase: Phase, key: str) -> str:
