@@ -7,6 +7,7 @@ FILE ?= tests/oracles/vectors.json
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 SLURM_PACKAGES := slurmctld slurmd slurm-client munge iproute2 shellcheck
 SLURM_PROGRAMS := slurmctld slurmd sbatch munged ip shellcheck
+INSTALL = $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends
 ON_GPU = PYTHONPATH=$(CURDIR):$(PYTHONPATH) $(PYTHON) -m tests.gpu
 WHEEL = --no-deps --only-binary=:all: --python-version 3.12 --implementation cp $(addprefix --platform manylinux,_2_28_x86_64 \
 	_2_24_x86_64 _2_17_x86_64 2014_x86_64)
@@ -82,13 +83,16 @@ py312: $(MEGATRON312:%=.venv-py312-%/.installed)
 .PHONY: slurm
 slurm:
 	@PATH=$$PATH:/usr/sbin:/sbin; for program in $(SLURM_PROGRAMS); do command -v $$program >/dev/null || missing=1; done; \
-		if [ -n "$${missing:-}" ]; then \
-			$(SUDO) apt-get update -qq && \
-			$(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $(SLURM_PACKAGES); fi
+		if [ -n "$${missing:-}" ]; then $(INSTALL) $(SLURM_PACKAGES); fi
+
+## browser     Debian's Chromium, where there is none, which opens the pages that are written. As root, or with sudo
+.PHONY: browser
+browser:
+	@command -v chromium >/dev/null || { $(INSTALL) chromium; }
 
 ## test        lint and the whole test suite
 .PHONY: test
-test: venv sglang nemo-run slurm
+test: venv sglang nemo-run slurm browser
 	$(PY) -m ruff check .
 	$(PY) -m pytest -n 2 --dist loadfile -m "not servers and not slurm"
 	$(ON_CLUSTER) --clusters 3 $(PY) -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m "servers or slurm"

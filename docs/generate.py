@@ -31,7 +31,7 @@ METRICS_HEAD = """\
 
 Every key that a run may write to `metrics.jsonl`, `steps.jsonl`, TensorBoard and Weights & Biases. "Mean" is over the trained
 tokens of the update, on all ranks, unless it says otherwise. In `steps.jsonl` means are over the updates of the step, weighed by
-their tokens; largest and smallest values are those of the step.
+their tokens, and so are means of quantiles; largest and smallest values are those of the step.
 """
 HEAD = """\
 # Configuration

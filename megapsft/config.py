@@ -387,6 +387,11 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def flatten(config: Config) -> dict[str, Any]:
     """`{"train.steps": 100, ...}`: every key with its value."""
+    return flatten_tree(to_dict(config))
+
+
+def flatten_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of what a config.yaml holds, whichever version wrote it."""
     flat: dict[str, Any] = {}
 
     def walk(tree: Mapping[str, Any], prefix: str) -> None:
@@ -396,5 +401,5 @@ def flatten(config: Config) -> dict[str, Any]:
             else:
                 flat[prefix + key] = value
 
-    walk(to_dict(config), "")
+    walk(tree, "")
     return flat

@@ -112,7 +112,7 @@ class PolicyOutput:
     term: Tensor | None = None  # [B, S] fp32, gradient: the objective's VocabularyTerm
 
 
-Over = Literal["mean", "sum", "max", "min"]
+Over = Literal["mean", "sum", "max", "min", "p01", "p50", "p99"]
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Metric:
     """A per-token metric, still a tensor; reduced over the whole update when the update ends.
 
     With the weights w (1 on trained tokens, 0 elsewhere, unless given): sum = sum of w x, mean = sum of w x / sum of w, max and
-    min over the tokens with w > 0.
+    min over the tokens with w > 0, p01, p50 and p99 the 1 %, 50 % and 99 % quantiles by weight (`metrics/quantile.py`).
     """
 
     values: Tensor  # [B, S]

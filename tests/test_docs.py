@@ -37,6 +37,7 @@ RUN = {  # every command that is run, in this order, and what is put behind it t
     PSFT: SMALL + "1",
     PSFT.replace("train", "audit", 1) + " --html audit.html": "",
     "megapsft curves runs/psft-tiny-qwen3-gsm8k --out curves.png": "",
+    "megapsft report runs/psft-tiny-qwen3-gsm8k --out report.html": "",
     "megapsft export runs/psft-tiny-qwen3-gsm8k --out exports/tiny": "",
     "megapsft convert hf-to-megatron --hf models/tiny --out converted/tiny": "",
     f"{PSFT} model.path=converted/tiny run.dir=runs/converted": SMALL + "1",
@@ -105,6 +106,7 @@ def test_the_commands_of_the_readme_run(tiny_data, tmp_path):
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 1, 2, 2, 3, 3]  # the warm-up, a step, and the one that continued
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert "<svg" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "exports/tiny/config.json").is_file()
     for name in ("config.yaml", "revision.txt", "model", "checkpoints", "tensorboard", "metrics.jsonl", "steps.jsonl"):
         assert f"`{name}" in README
@@ -291,6 +293,6 @@ def test_links_lead_somewhere(page):
 
 def readme_metrics() -> dict[str, str]:
     """key -> meaning, of the table in the README."""
-    rows = re.findall(r"^\| `([a-z_]+/[a-z_]+)` \| (.+) \|$", README, re.M)
+    rows = re.findall(r"^\| `([a-z_]+/[a-z0-9_]+)` \| (.+) \|$", README, re.M)
     assert len(rows) == len(dict(rows))
     return dict(rows)

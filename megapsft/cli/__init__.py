@@ -24,6 +24,7 @@ from megapsft.cli.plan import plan
 from megapsft.cli.preflight import preflight
 from megapsft.cli.printed import complain
 from megapsft.cli.probe import probe
+from megapsft.cli.report import report
 from megapsft.cli.rollout import rollout
 from megapsft.cli.serve import serve
 from megapsft.cli.status import status
@@ -48,6 +49,7 @@ COMMANDS = {
     "config": config,
     "plan": plan,
     "curves": curves,
+    "report": report,
     "rollout": rollout,
     "evaluate": evaluate,
     "serve": serve,

@@ -34,6 +34,9 @@ METRICS: dict[str, str] = {
     "objective/ratio_mean": "mean of exp(clamp(logprobs - old_logprobs)); 1 where there is no old policy",
     "objective/ratio_max": "largest ratio; above 1 on the first update of a step it measures numerical noise",
     "objective/ratio_min": "smallest ratio",
+    "objective/log_ratio_p01": "1 % quantile of logprobs - old_logprobs, in nats, to 1.3 % of itself; 0 without an old policy",
+    "objective/log_ratio_p50": "its median",
+    "objective/log_ratio_p99": "its 99 % quantile",
     "objective/ppo_kl": "mean of old_logprobs - logprobs, clamped (the k1 estimate; may be negative)",
     "objective/kl": "mean KL divergence between policy and reference, in nats: exact or estimated, as the objective says",
     # of dft and iw_sft: the constant that a token's negative log-likelihood is multiplied with

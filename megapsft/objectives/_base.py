@@ -34,6 +34,9 @@ class Base:
         "objective/ratio_mean": "mean",
         "objective/ratio_max": "max",
         "objective/ratio_min": "min",
+        "objective/log_ratio_p01": "p01",
+        "objective/log_ratio_p50": "p50",
+        "objective/log_ratio_p99": "p99",
         "objective/ppo_kl": "mean",
     }  # these every objective has, so that one script reads them all; a subclass adds its own
 

@@ -37,6 +37,9 @@ def ratio_metrics(logprobs: Tensor, log_ratio: Tensor, clipped: Tensor) -> Mappi
         "objective/ratio_mean": Metric(ratio),
         "objective/ratio_max": Metric(ratio, "max"),
         "objective/ratio_min": Metric(ratio, "min"),
+        "objective/log_ratio_p01": Metric(log_ratio, "p01"),
+        "objective/log_ratio_p50": Metric(log_ratio, "p50"),
+        "objective/log_ratio_p99": Metric(log_ratio, "p99"),
         "objective/ppo_kl": Metric(-log_ratio),
     }
 

@@ -116,7 +116,10 @@ def lengths(found: Lengths) -> str:
 
 def of_roles(audit: Audit) -> str:
     names = [f"{role.role}: {role.tokens:,} tokens, {role.trained / role.tokens:.1%} trained" for role in audit.roles]
-    parts = {"with a loss": [role.trained for role in audit.roles], "without": [role.tokens - role.trained for role in audit.roles]}
+    parts = {
+        "with a loss": [role.trained for role in audit.roles],
+        "without": [role.tokens - role.trained for role in audit.roles],
+    }
     return figure(filled("roles", "Tokens by role", "role", "tokens", names, parts))
 
 

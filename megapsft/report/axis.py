@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+PLACES = 8  # of a logarithmic axis that are all written
 MOST = 600  # points of a line that are drawn
 
 
@@ -16,6 +17,7 @@ class Axis:
     low: float
     high: float
     log: bool = False
+    places: tuple[float, ...] = ()  # what is written on it, instead of round numbers
 
     def at(self, value: float) -> float:
         """nan where the axis has no place for it."""
@@ -25,8 +27,17 @@ class Axis:
 
     @property
     def ticks(self) -> list[float]:
-        """Three to seven round numbers."""
+        """Three to ten round numbers, or the places."""
+        if self.places:
+            return list(self.places)
         return _log_ticks(self.low, self.high) if self.log else _ticks(self.low, self.high)
+
+
+def x_axis(values: Iterable[float], *, log: bool = False) -> Axis:
+    """From the first value to the last. On a logarithmic one few different values, such as numbers of nodes, are all written."""
+    axis = axis_of(values := list(values), log=log, tight=True)
+    different = tuple(sorted({value for value in values if value > 0}))
+    return replace(axis, places=different) if axis.log and len(different) <= PLACES else axis
 
 
 def axis_of(values: Iterable[float], *, log: bool = False, tight: bool = False) -> Axis:
@@ -50,10 +61,11 @@ def axis_of(values: Iterable[float], *, log: bool = False, tight: bool = False) 
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    rough = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(size * power for size in (1, 2, 5, 10) if size * power >= rough * (1 - 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    power = 10.0 ** math.floor(math.log10(high - low))
+    for step in (power, power / 2, power / 5, power / 10):
+        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+        if last - first >= 3:
+            break
     return [round(number * step, 12 - math.floor(math.log10(step))) + 0.0 for number in range(first, last + 1)]
 
 
@@ -107,4 +119,4 @@ def thinned(y: Sequence[float], most: int = MOST) -> list[int]:
     return sorted(kept)
 
 
-__all__ = ["Axis", "axis_of", "thinned", "written"]
+__all__ = ["Axis", "axis_of", "thinned", "written", "x_axis"]

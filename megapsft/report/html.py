@@ -8,6 +8,7 @@ from html import escape
 from megapsft.report.figure import Bars, Chart, Cloud, Figure, Grid, Heat, Histogram, Switched, Token
 from megapsft.report.svg import coloured, drawing
 
+LONG = 40  # characters of a cell, from which on it is folded
 SMALLEST, LARGEST = 0.7, 2.6  # of the words of a cloud, in em
 
 
@@ -56,13 +57,19 @@ def grid(shown: Grid) -> str:
     side = ["class=number" if number in shown.numbers else "" for number in range(len(shown.heading))]
     heading = "".join(f'<th scope="col" {at}>{escape(name)}</th>' for at, name in zip(side, shown.heading, strict=True))
     rows = "".join(
-        f"<tr>{''.join(f'<td {at}>{escape(cell)}</td>' for at, cell in zip(side, row, strict=True))}</tr>" for row in shown.rows
+        f"<tr>{''.join(f'<td {at or long(cell)}>{escape(cell)}</td>' for at, cell in zip(side, row, strict=True))}</tr>"
+        for row in shown.rows
     )
     named = escape(f"{shown.title}. {shown.words}")
     return (
         f'<div class="scrolled" tabindex="0" role="region" aria-label="{named}">'
         f"<table><thead><tr>{heading}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
+
+
+def long(cell: str) -> str:
+    """What is folded rather than scrolled."""
+    return "class=long" if len(cell) > LONG else ""
 
 
 def _heat(shown: Heat) -> str:

@@ -29,6 +29,7 @@ class Curve:
     epochs: bool = False  # whether their ends are marked
     dots: bool = False
     errors: bool = False  # two standard errors to either side, of KEY_se
+    band: tuple[str, str] | None = None  # keys of its lower and its upper end
     note: str = ""
 
 
@@ -67,6 +68,9 @@ def _lines(curve: Curve, run: Run, axis: Axis, alone: bool) -> list[Line]:
         if curve.errors:
             half = [2 * error / curve.size for error in series(records, f"{key}_se")]
             ends = {side: [v + sign * h for v, h in zip(y, half, strict=True)] for side, sign in (("low", -1), ("high", 1))}
+        elif curve.band is not None:
+            low, high = ([value / curve.size for value in series(records, end)] for end in curve.band)
+            ends = {"low": low, "high": high}
         colour, dashed = (number, False) if alone else (run.colour, number > 0 or run.colour >= len(LINES))
         name = f"{run.name} {called}".strip()
         found.append(Line(name=name, x=x, y=y, colour=colour, dashed=dashed, dots=curve.dots, **ends))
@@ -82,21 +86,19 @@ def warmups(runs: Sequence[Run], axis: Axis) -> list[Span]:
     longest = max(ends, key=ends.__getitem__)
     begins = min((run.at(run.updates[0], axis) for run in runs if run.updates), default=0.0)
     shared = len(ends) == len(runs)
-    return [Span(begins, ends[longest], "warm-up" if shared else f"warm-up of {', '.join(ends)}")]
+    name = "warm-up" if shared else f"warm-up of {longest}" if len(ends) == 1 else "longest warm-up"
+    return [Span(begins, ends[longest], name)]
 
 
 def epochs(runs: Sequence[Run], axis: Axis) -> list[Mark]:
-    """The ends of epochs, once where all runs have the same, else in the colour of their run."""
-    of_runs = {run.name: _epochs(run, axis) for run in runs}
-    shown = [ends for ends in of_runs.values() if ends]
-    if not shown:
-        return []
-    if all(ends == shown[0] for ends in shown) and len(shown) == len(runs):
-        return [Mark(at, f"epoch {number}") for number, at in _some(shown[0])]
+    """The ends of epochs, in grey where runs share them, else in the colour of their run."""
+    found: dict[tuple[int, float], list[Run]] = {}
+    for run in runs:
+        for number, at in _some(_epochs(run, axis)):
+            found.setdefault((number, round(at, 6)), []).append(run)
+    alone = len(runs) == 1
     return [
-        Mark(at, f"epoch {number}", None if len(runs) == 1 else run.colour)
-        for run in runs
-        for number, at in _some(of_runs[run.name])
+        Mark(at, f"epoch {number}", own[0].colour if len(own) == 1 and not alone else None) for (number, at), own in found.items()
     ]
 
 

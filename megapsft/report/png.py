@@ -7,7 +7,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from megapsft.report.axis import axis_of, written
+from megapsft.report.axis import Axis as Extent
+from megapsft.report.axis import axis_of, written, x_axis
 from megapsft.report.figure import Bars, Chart, Histogram, Line, Mark
 from megapsft.report.picture import LINES, need_matplotlib
 
@@ -81,9 +82,8 @@ def _colour(number: int | None, tint: str | None = None) -> str:
     return tint or (GREY if number is None else LINES[number % len(LINES)])
 
 
-def _scale(axes: Axes, side: str, log: bool, values: Sequence[float]) -> None:
-    """A logarithmic axis, where there is anything above 0, with the ticks that the page has too."""
-    axis = axis_of(values, log=log)
+def _scale(axes: Axes, side: str, axis: Extent) -> None:
+    """A logarithmic axis has the ticks that the page has too."""
     if axis.log:
         getattr(axes, f"set_{side}scale")("log")
         getattr(axes, f"set_{side}ticks")(axis.ticks, [written(tick, 6) for tick in axis.ticks])
@@ -92,17 +92,15 @@ def _scale(axes: Axes, side: str, log: bool, values: Sequence[float]) -> None:
 
 def _chart(axes: Axes, chart: Chart) -> None:
     x = list(chain(*(line.x for line in chart.lines)))
-    _scale(axes, "x", chart.log_x, x)
-    _scale(axes, "y", chart.log_y, list(chain(*(line.y for line in chart.lines))))
+    _scale(axes, "x", across := x_axis(x, log=chart.log_x))
+    _scale(axes, "y", axis_of(chain(*(line.y for line in chart.lines)), log=chart.log_y))
     for line in chart.lines:
         _line(axes, line)
     for span in chart.spans:
         axes.axvspan(span.low, span.high, color=SHADE, zorder=0, label=span.name)
         axes.axvline(span.high, color=EDGE, linewidth=1, linestyle=":")
     _marks(axes, chart.marks)
-    axes.margins(x=0)
-    if x and not axis_of(x, log=chart.log_x).log:
-        axes.set_xlim(min(x), max(max(x), min(x) + 1e-9) if len(set(x)) > 1 else min(x) + 1)
+    axes.set_xlim(across.low, across.high)
     axes.set_xlabel(chart.x_label, fontsize=9)
     axes.set_ylabel(chart.y_label, fontsize=9)
 
@@ -131,7 +129,7 @@ def _histogram(axes: Axes, histogram: Histogram) -> None:
     for series in histogram.series:
         colour = _colour(series.colour, series.tint)
         axes.stairs(series.values, histogram.edges, color=colour, fill=filled, label=series.name)
-    _scale(axes, "y", histogram.log_y, [value for series in histogram.series for value in series.values])
+    _scale(axes, "y", axis_of(chain(*(series.values for series in histogram.series)), log=histogram.log_y))
     _marks(axes, histogram.limits)
     axes.set_xlabel(histogram.x_label, fontsize=9)
     axes.set_ylabel(histogram.y_label, fontsize=9)

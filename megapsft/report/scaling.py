@@ -6,20 +6,17 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from megapsft.report.picture import LINES
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from megapsft.report.figure import Chart, Line
+from megapsft.report.png import write_png
 
 REPORT, PICTURE = "report", "scaling.png"
-MARKERS = "osD^vP"
 GIB = 2**30
 WORDS = ("split", "state", "why")  # columns without numbers
 PANELS = (  # key, title, unit, how much of the value it is, logarithmic
@@ -117,68 +114,43 @@ def _number(row: Row, kind: str, key: str, form: str, unit: float = 1) -> str:
     return "–" if value is None else format(value / unit, form)
 
 
+def charts(rows: Sequence[Row], name: str = "scaling") -> list[Chart]:
+    """Speed, efficiency, time and memory over nodes, a line for each split; what was planned dashed, if anything was."""
+    splits = list(dict.fromkeys(row["split"] for row in rows))
+    return [
+        Chart(
+            name=f"{name}-{key}", title=title, x_label="nodes", y_label=unit, log_x=True, log_y=logarithmic,
+            lines=[line for number, split in enumerate(splits) for line in _lines(rows, split, number, key, size)],
+        )
+        for key, title, unit, size, logarithmic in PANELS
+    ]  # fmt: skip
+
+
 def draw_scaling(rows: Sequence[Row], out_png: Path) -> None:
-    """Draw speed, efficiency, time and memory over nodes, a line for each split; what was planned dashed, if anything was.
+    """Draw the charts.
 
     Args:
         out_png: the file to write, a PNG whatever its suffix.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-
-    nodes = sorted({row["nodes"] for row in rows})
-    figure = Figure(figsize=(14, 8), layout="constrained")
-    FigureCanvasAgg(figure)
-    *grid, last = figure.subplots(2, 3).flat
-    for axes, (key, title, unit, size, logarithmic) in zip(grid, PANELS, strict=True):
-        axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-        axes.set_xlabel("nodes")
-        axes.set_ylabel(unit)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.set_xscale("log", base=2)
-        if logarithmic:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-            axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-        _draw_panel(axes, rows, key, size)
-        axes.set_xticks(nodes, [str(number) for number in nodes])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlim(nodes[0] / 1.15, nodes[-1] * 1.15)
-        axes.tick_params(labelsize=9)
-        if not logarithmic:
-            axes.set_ylim(0, 1.06 * axes.get_ylim()[1])
-    last.set_axis_off()
-    named = dict(zip(*reversed(grid[0].get_legend_handles_labels()), strict=True))
-    last.legend(named.values(), named.keys(), loc="upper left", frameon=False, fontsize=11)
-    figure.savefig(out_png, dpi=130, format="png")
+    write_png(charts(rows), out_png)
 
 
-def _draw_panel(axes: Axes, rows: Sequence[Row], key: str, size: float) -> None:
-    for number, split in enumerate(dict.fromkeys(row["split"] for row in rows)):
-        own = [row for row in rows if row["split"] == split]
-        colour, marker = LINES[number % len(LINES)], MARKERS[number % len(MARKERS)]
-        name = split or "measured"
-        for kind, style in (
-            ("measured", {"linewidth": 1.8, "label": name}),
-            ("planned", {"linewidth": 1.2, "linestyle": "--", "markerfacecolor": "none", "label": f"{split} planned".strip()}),
-        ):
-            known = [row for row in own if (row[kind] or {}).get(key) is not None]
-            if known:
-                values = [row[kind][key] / size for row in known]
-                axes.plot([row["nodes"] for row in known], values, color=colour, marker=marker, **style)
-        if key == "tokens_per_second":
-            _draw_ideal(axes, [row for row in own if row["measured"]])
+def _lines(rows: Sequence[Row], split: str, colour: int, key: str, size: float) -> list[Line]:
+    own = [row for row in rows if row["split"] == split]
+    found = []
+    for kind, name in (("measured", split or "measured"), ("planned", f"{split} planned".strip())):
+        known = [row for row in own if (row[kind] or {}).get(key) is not None]
+        if known:
+            nodes, values = [row["nodes"] for row in known], [row[kind][key] / size for row in known]
+            found.append(Line(name=name, x=nodes, y=values, colour=colour, dashed=kind == "planned", dots=True))
+    measured = [row for row in own if row["measured"]]
+    if key == "tokens_per_second" and len(measured) > 1:
+        found.append(_ideal(measured[0], measured[-1]))
+    return found
 
 
-def _draw_ideal(axes: Axes, own: Sequence[Row]) -> None:
+def _ideal(first: Row, last: Row) -> Line:
     """As many times as fast as there are more nodes."""
-    if len(own) < 2:
-        return
-    first, last = own[0], own[-1]
     speed = first["measured"]["tokens_per_second"]
-    ends = [speed, speed * last["nodes"] / first["nodes"]]
-    axes.plot([first["nodes"], last["nodes"]], ends, color="#777777", linewidth=1, linestyle=":", label="ideal")
+    nodes = [first["nodes"], last["nodes"]]
+    return Line(name="ideal", x=nodes, y=[speed, speed * nodes[1] / nodes[0]], colour=None, dashed=True)

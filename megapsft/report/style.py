@@ -24,11 +24,10 @@ a { color: inherit; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: left; vertical-align: top; padding: .35rem .6rem .35rem 0; border-top: 1px solid var(--line); }
 th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.soft { color: var(--soft); margin: .2rem 0; } p.soft { font-size: .85rem; }
+.soft { color: var(--soft); margin: .2rem 0; } p.soft { font-size: .8rem; line-height: 1.4; }
 .scrolled { overflow-x: auto; } .scrolled thead th { border-top: 0; white-space: nowrap; overflow-wrap: normal; }
-.scrolled td { overflow-wrap: normal; }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1rem;
-  align-items: start; }
+.scrolled td { white-space: nowrap; } .scrolled td.long { white-space: normal; min-width: 16rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1rem; }
 figure { margin: 0; min-width: 0; } figure.wide { grid-column: 1 / -1; }
 figcaption { font-size: .9rem; font-weight: 600; }
 .c0 { --c: var(--c0); } .c1 { --c: var(--c1); } .c2 { --c: var(--c2); } .c3 { --c: var(--c3); } .c4 { --c: var(--c4); }
@@ -39,7 +38,8 @@ svg .line { fill: none; stroke: var(--c); stroke-width: 1.6; stroke-linejoin: ro
 svg .line.dashed { stroke-dasharray: 5 3; } svg .error { fill: none; stroke: var(--c); }
 svg .band { fill: var(--c); fill-opacity: .16; } svg .bar, svg .dot { fill: var(--c); }
 svg .hover { fill: transparent; } svg .hover:hover { fill: var(--c); }
-svg .mark { stroke: var(--c); stroke-dasharray: 2 3; }
+svg .mark { stroke: var(--c); stroke-dasharray: 2 3; } svg .mark-name { font-size: 9px; }
+svg g .mark-name { fill: var(--c); } svg .whisker { fill: none; stroke: var(--ink); }
 ul.key { list-style: none; padding: 0; margin: .2rem 0; display: flex; flex-wrap: wrap; gap: .1rem .9rem; font-size: .8rem; }
 .key i { display: inline-block; width: 1.1rem; margin-right: .35rem; vertical-align: .25em; border-top: 2px solid var(--c); }
 .key i.dashed { border-top-style: dashed; }

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from html import escape
 from itertools import chain, groupby
 
-from megapsft.report.axis import Axis, axis_of, thinned, written
+from megapsft.report.axis import Axis, axis_of, thinned, written, x_axis
 from megapsft.report.figure import Bars, Chart, Histogram, Line, Mark, Numbers, Series
 from megapsft.report.picture import LINES
 
 WIDTH, HEIGHT = 380, 240  # of the view box: text stays readable where a phone shows it
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 24, 36
 HOVERED = 60  # points of a line that say their numbers each
-LETTER = 6.2  # width of one, about
+LETTER, SMALL = 6.4, 5.2  # width of one, about: of a label, and of a name inside the picture
 ROW, BAR = 17, 11  # of bars: the line of a name, and the height of a bar
 
 
@@ -59,15 +59,15 @@ def _frame(x: Axis, y: Axis, x_label: str, y_label: str) -> Iterator[str]:
 
 
 def _chart(chart: Chart) -> Iterator[str]:
-    x = axis_of(chain(*(line.x for line in chart.lines)), log=chart.log_x, tight=True)
+    x = x_axis(chain(*(line.x for line in chart.lines)), log=chart.log_x)
     ends = (values for line in chart.lines for values in (line.y, line.low, line.high) if values is not None)
     y = axis_of(chain(*ends), log=chart.log_y)
     for span in chart.spans:
         low, high = (_x(x, min(max(end, x.low), x.high)) for end in (span.low, span.high))
         box = f'x="{low}" y="{TOP}" width="{max(high - low, 0):.1f}" height="{HEIGHT - TOP - BOTTOM}"'
         yield f'<rect class="span" {box}><title>{escape(span.name)}</title></rect>'
-        if high - low > LETTER * len(span.name):
-            yield f'<text x="{low + 4}" y="{TOP + 12}">{escape(span.name)}</text>'
+        if high - low > SMALL * len(span.name):
+            yield f'<text class="mark-name" x="{low + 4}" y="{HEIGHT - BOTTOM - 5}">{escape(span.name)}</text>'
     yield from _frame(x, y, chart.x_label, chart.y_label)
     yield from _marks(x, chart.marks)
     for line in chart.lines:
@@ -78,14 +78,14 @@ def _marks(x: Axis, marks: tuple[Mark, ...]) -> Iterator[str]:
     """Dotted lines; their names as far as there is room."""
     free = -math.inf
     for mark in sorted(marks, key=lambda mark: mark.x):
-        at, width = _x(x, mark.x), LETTER * len(mark.name)
+        at, width = _x(x, mark.x), SMALL * len(mark.name)
         yield f"<g {coloured(mark.colour)}>"
         place = f'x1="{at}" x2="{at}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"'
         yield f'<line class="mark" {place}><title>{escape(mark.name)}</title></line>'
         start = at + 3 if at + 3 + width < WIDTH else at - 3 - width
         if start > free:
-            yield f'<text x="{start:.1f}" y="{TOP + 9}">{escape(mark.name)}</text>'
-            free = start + width
+            yield f'<text class="mark-name" x="{start:.1f}" y="{TOP + 7}">{escape(mark.name)}</text>'
+            free = start + width + 2
         yield "</g>"
 
 
@@ -126,7 +126,7 @@ def _spread(x: Axis, y: Axis, line: Line, kept: list[int]) -> Iterator[str]:
 
 def _histogram(histogram: Histogram) -> Iterator[str]:
     edges, several = histogram.edges, len(histogram.series) > 1
-    x = axis_of([*edges, *(mark.x for mark in histogram.limits)], tight=True)
+    x = x_axis([*edges, *(mark.x for mark in histogram.limits)])
     heights = [value for series in histogram.series for value in series.values]
     y = axis_of(heights if histogram.log_y else [0.0, *heights], log=histogram.log_y)
     yield from _frame(x, y, histogram.x_label, histogram.y_label)
@@ -159,6 +159,13 @@ def _outline(x: Axis, y: Axis, edges: Numbers, series: Series) -> Iterator[str]:
     yield f'<path class="band" d="{path}z"/><path class="line" d="{path}"/>'
 
 
+def _ends(series: Series) -> Iterator[float]:
+    """Where bars end, with their error bars."""
+    for number, value in enumerate(series.values):
+        error = series.errors[number] if series.errors is not None else 0.0
+        yield sum(part for part in (value, error) if math.isfinite(part))
+
+
 def _height(bars: Bars) -> int:
     of_one = 1 if bars.stacked else len(bars.series)
     return TOP + len(bars.names) * (ROW + of_one * (BAR + 2) + 4) + 6
@@ -167,7 +174,7 @@ def _height(bars: Bars) -> int:
 def _bars(bars: Bars) -> Iterator[str]:
     """Lying, each under its name: names of any length have room, on a phone too."""
     parts = [[max(value, 0.0) if math.isfinite(value) else 0.0 for value in series.values] for series in bars.series]
-    ends = map(sum, zip(*parts, strict=True)) if bars.stacked else chain(*parts)
+    ends = map(sum, zip(*parts, strict=True)) if bars.stacked else chain(*map(_ends, bars.series))
     room = 4 if bars.stacked else 64  # for the number behind a bar
     scale = (WIDTH - 4 - room) / (max(ends, default=0.0) or 1.0)
     yield f'<text class="label" x="2" y="11">{escape(bars.y_label)}</text>'
@@ -181,14 +188,15 @@ def _bars(bars: Bars) -> Iterator[str]:
             said = f"{name}, {series.name}: {value:.4g}{error} {bars.y_label}"
             box = f'x="{across:.1f}" y="{top}" width="{length:.1f}" height="{BAR}"'
             yield f'<g {coloured(series.colour, series.tint)}><rect class="bar" {box}><title>{escape(said)}</title></rect>'
-            if series.errors is not None:
-                ends = [across + length + sign * series.errors[number] * scale for sign in (-1, 1)]
-                yield f'<path class="error" d="M{ends[0]:.1f},{top + BAR / 2}H{ends[1]:.1f}"/>'
+            half = series.errors[number] * scale if series.errors is not None and math.isfinite(series.errors[number]) else 0.0
+            if half:
+                low, high = (across + length + sign * half for sign in (-1, 1))
+                yield f'<path class="whisker" d="M{low:.1f},{top + BAR / 2}H{high:.1f}v-3v6"/>'
             yield "</g>"
             if bars.stacked:
                 across += length
             else:
-                past = length + (series.errors[number] * scale if series.errors is not None else 0)
+                past = length + half
                 number_at = f'x="{across + past + 5:.1f}" y="{top + BAR - 1}"'
                 yield f"<text {number_at}>{'–' if math.isnan(value) else written(value)}</text>"
                 top += BAR + 2

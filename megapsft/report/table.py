@@ -15,6 +15,8 @@ from megapsft.metrics.records import read_records
 from megapsft.metrics.shown import Table
 from megapsft.report.phases import Phase, phases
 
+HEADING = ("phase", "updates", "loss", "nll", "entropy", "clipped")
+
 
 def phase_table(path: str | Path) -> rich.table.Table:
     """`phases_of` the metrics.jsonl of a run, for the terminal.
@@ -30,20 +32,7 @@ def phase_table(path: str | Path) -> rich.table.Table:
 
 def phases_of(records: Sequence[dict[str, Any]]) -> Table:
     """First and last loss, nll and entropy of each phase, how much was clipped and how many updates were skipped."""
-    rows = []
-    skipped_before = 0.0  # the record counts skipped updates from the start of the run
-    for phase in phases(records):
-        skipped = max(phase.values("train/skipped_updates"), default=skipped_before)
-        rows.append((
-            phase.title,
-            str(len(phase.records)) + (f" ({skipped - skipped_before:.0f} skipped)" if skipped > skipped_before else ""),
-            first_last(phase, "train/loss"),
-            first_last(phase, "objective/nll"),
-            first_last(phase, "policy/entropy"),
-            over(fmean, phase, "objective/clip_fraction"),
-        ))  # fmt: skip
-        skipped_before = skipped
-    return Table("phases", ("phase", "updates", "loss", "nll", "entropy", "clipped"), rows)
+    return Table("phases", HEADING, phase_rows(phases(records)))
 
 
 def to_rich(table: Table, title: str | None = None, caption: str | None = None) -> rich.table.Table:
@@ -54,6 +43,19 @@ def to_rich(table: Table, title: str | None = None, caption: str | None = None) 
     for row in table.rows:
         found.add_row(*row)
     return found
+
+
+def phase_rows(cut: Sequence[Phase]) -> list[list[str]]:
+    """The cells under HEADING, a row for each phase."""
+    rows = []
+    skipped_before = 0.0  # the record counts skipped updates from the start of the run
+    for phase in cut:
+        skipped = max(phase.values("train/skipped_updates"), default=skipped_before)
+        updates = str(len(phase.records)) + (f" ({skipped - skipped_before:.0f} skipped)" if skipped > skipped_before else "")
+        numbers = [first_last(phase, key) for key in ("train/loss", "objective/nll", "policy/entropy")]
+        rows.append([phase.title, updates, *numbers, over(fmean, phase, "objective/clip_fraction")])
+        skipped_before = skipped
+    return rows
 
 
 def first_last(phase: Phase, key: str) -> str:

@@ -10,19 +10,21 @@ import torch.multiprocessing as mp
 from megapsft.metrics.reduce import Reduction
 from megapsft.types import Metric
 
-OVER = {"b/mean": "mean", "a/max": "max", "c/min": "min"}
+OVER = {"b/mean": "mean", "a/max": "max", "c/min": "min", "d/half": "p50"}
+FINE = 0.013  # a quantile is known to so much of itself
 
 
 def metrics(values):
     values = torch.tensor([values])
-    return {"b/mean": Metric(values), "a/max": Metric(values, "max"), "c/min": Metric(values, "min")}
+    return {"b/mean": Metric(values), "a/max": Metric(values, "max"), "c/min": Metric(values, "min"),
+            "d/half": Metric(values, "p50")}  # fmt: skip
 
 
 def test_over_the_tokens_of_all_microbatches():
     reduction = Reduction(OVER)
     reduction.add(metrics([1.0, 2.0, 3.0]), torch.tensor([[True, True, True]]))
     reduction.add(metrics([-6.0, math.nan, math.inf]), torch.tensor([[True, False, False]]))
-    assert reduction.finish() == {"a/max": 3.0, "b/mean": 0.0, "c/min": -6.0}
+    assert reduction.finish() == pytest.approx({"a/max": 3.0, "b/mean": 0.0, "c/min": -6.0, "d/half": 1.0}, rel=FINE)
 
 
 def test_not_a_mean_of_means():
@@ -80,4 +82,5 @@ def reduce_on(rank, world_size, store, results):
 def test_all_ranks_get_the_same_also_one_that_added_nothing(tmp_path):
     mp.spawn(reduce_on, args=(3, tmp_path / "store", tmp_path), nprocs=3)
     for rank in range(3):
-        assert torch.load(tmp_path / f"{rank}.pt") == {"a/max": 9.0, "b/mean": 4.0, "c/min": 1.0}
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found == pytest.approx({"a/max": 9.0, "b/mean": 4.0, "c/min": 1.0, "d/half": 2.0}, rel=FINE)

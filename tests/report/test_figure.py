@@ -28,7 +28,7 @@ def line(y, **options) -> Line:
 
 
 def parsed(markup: str) -> ElementTree.Element:
-    return ElementTree.fromstring(re.sub(r'<(\w+) class=number>', r'<\1 class="number">', markup).replace(" >", ">"))
+    return ElementTree.fromstring(re.sub(r"<(\w+) class=number>", r'<\1 class="number">', markup).replace(" >", ">"))
 
 
 def paths(shown: Chart, kind: str) -> list[list[tuple[float, float]]]:
@@ -39,9 +39,7 @@ def paths(shown: Chart, kind: str) -> list[list[tuple[float, float]]]:
 
 def test_a_chart_in_words():
     words = chart(line([3.0, NAN, 1.0, 2.0]), marks=[Mark(2, "epoch 1")], spans=[Span(1, 2, "warm-up")]).words
-    assert words == (
-        "nats over updates. psft: 3 at 1, 2 at 4, lowest 1 at 3, highest 3 at 1. epoch 1 at 2; warm-up from 1 to 2"
-    )
+    assert words == ("nats over updates. psft: 3 at 1, 2 at 4, lowest 1 at 3, highest 3 at 1. epoch 1 at 2; warm-up from 1 to 2")
     assert line([NAN]).words == "psft: nothing known"
     assert line([0.5]).words == "psft: 0.5 at 1"
 
@@ -105,7 +103,7 @@ def test_bands_error_bars_marks_and_spans_are_drawn():
 def test_ticks_are_few_round_and_inside(low, high):
     for log in (False, low > 0):
         ticks = axis_of([low, high], log=log).ticks
-        assert 3 <= len(ticks) <= 8
+        assert 3 <= len(ticks) <= 10
         assert all(len(f"{tick:.6g}".replace("-", "").replace(".", "").strip("0").split("e")[0]) <= 4 for tick in ticks)
         axis = axis_of([low, high], log=log)
         assert all(-1e-6 <= axis.at(tick) <= 1 + 1e-6 for tick in ticks)
