@@ -25,7 +25,7 @@ def label_ranks(
     size, rank = (1, 0) if group is None else (group.size(), group.rank())
     first = rank * len(weight)
     columns = max(0, min(valid_vocab - first, len(weight)))
-    height = max(1, chunk_bytes // (4 * max(1, columns)))
+    height = max(1, chunk_bytes // (4 * len(weight)))  # the same on all ranks, whose collectives are counted by it
     ranks = torch.ones_like(labels)
     for start in range(0, len(hidden), height):
         rows = slice(start, start + height)

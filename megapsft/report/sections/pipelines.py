@@ -7,11 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from megapsft.report.figure import Bars, Grid, Series
 from megapsft.report.folders import Pipeline, Shown
-from megapsft.report.hand_off import cells, of_passes
+from megapsft.report.hand_off import hand_off_of, of_passes
 from megapsft.report.run import Record
 from megapsft.report.section import Section
-
-WORDS = 2  # columns without numbers
 
 
 def section(shown: Shown) -> Section | None:
@@ -23,13 +21,13 @@ def section(shown: Shown) -> Section | None:
 
 
 def _table(pipeline: Pipeline) -> Grid:
-    heading, *rows = cells(pipeline.rows)
+    table = hand_off_of(pipeline.rows)
     return Grid(
         name=f"hand-off-{pipeline.name}",
         title=f"{pipeline.name}: the model after each stage",
-        heading=heading,
-        rows=rows,
-        numbers=frozenset(range(WORDS, len(heading))),
+        heading=table.heading,
+        rows=table.rows,
+        numbers=frozenset(range(table.texts, len(table.heading))),
         note="Accuracies in % with their standard errors, lengths in tokens, entropy and KL from the start in nats a token, "
         "on the stage's own responses.",
     )
