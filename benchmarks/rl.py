@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
@@ -49,17 +50,11 @@ def main() -> int:
     options = parser.parse_args()
     data, test, validation = make_data(options.work)
     model = warm_start(options.work, data, validation)
-    figures = {}
-    for label, overrides in RUNS.items():
-        run = options.work / label.partition(",")[0].partition(" (")[0].replace(" ", "-").lower()
-        if "rollout.engine=sglang" not in overrides:
-            overrides = [*overrides, "rollout.max_batch_size=256"]
-        where = [f"model.path={model}", f"data.path={data}", f"run.dir={run}", f"evaluate.data=[{test}]"]
-        began, spent = time.perf_counter(), run.with_suffix(".seconds")
-        _megapsft("train", str(ROOT / "configs/grpo/tiny-qwen3-arithmetic.yaml"), *where, *SIZES, *overrides, *options.overrides)
-        if not spent.exists():  # of the command that did the work, not of one that found it done
-            spent.write_text(f"{time.perf_counter() - began}\n")
-        figures[label] = {"seconds_of_command": float(spent.read_text())} | read(run)
+    sglang, *in_process = RUNS
+    train_run(sglang, options.work, model, data, test, options.overrides)
+    with ThreadPoolExecutor() as side_by_side:  # a core for each
+        list(side_by_side.map(lambda label: train_run(label, options.work, model, data, test, options.overrides), in_process))
+    figures = {label: read(folder(label, options.work)) for label in RUNS}
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
@@ -103,10 +98,27 @@ def last_below(limit: float, accuracy: Sequence[tuple[int, float]]) -> int:
     return accuracy[reached - 1][0]
 
 
+def folder(label: str, work: Path) -> Path:
+    return work / label.partition(",")[0].partition(" (")[0].replace(" ", "-").lower()
+
+
+def train_run(label: str, work: Path, model: Path, data: Path, test: Path, more: Sequence[str]) -> None:
+    """One of RUNS, and beside its folder the seconds of the command that did it."""
+    run, overrides = folder(label, work), RUNS[label]
+    if "rollout.engine=sglang" not in overrides:
+        overrides = [*overrides, "rollout.max_batch_size=256"]
+    where = [f"model.path={model}", f"data.path={data}", f"run.dir={run}", f"evaluate.data=[{test}]"]
+    began, spent = time.perf_counter(), run.with_suffix(".seconds")
+    _megapsft("train", str(ROOT / "configs/grpo/tiny-qwen3-arithmetic.yaml"), *where, *SIZES, *overrides, *more)
+    if not spent.exists():  # not of a command that found it done
+        spent.write_text(f"{time.perf_counter() - began}\n")
+
+
 def read(run: Path) -> dict:
     steps, found = read_records(run / "steps.jsonl"), read_records(run / "evaluations.jsonl")
     whole = sum(step["perf/seconds"] for step in steps)
     return {
+        "seconds_of_command": float(run.with_suffix(".seconds").read_text()),
         "accuracy": [
             {"step": one["step"], "avg": one["evaluate/test/avg"], "standard_error": one["evaluate/test/avg_se"]} for one in found
         ],
