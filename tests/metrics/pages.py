@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,17 @@ def texts(directory: Path, tag: str) -> list[tuple[int, str]]:
     return [(e.step, e.tensor_proto.string_val[0].decode()) for e in found.Tensors(f"{tag}/text_summary")]
 
 
-def rows(log: Path) -> list[dict[str, Any]]:
-    """The rows of a .wandb file in their order: key -> JSON, `_step` is the row's number."""
+def rows(log: Path, seconds: float = 60) -> list[dict[str, Any]]:
+    """The rows of a .wandb file in their order: key -> JSON, `_step` is the row's number. The run has ended, but wandb's own
+    process may write the end a while after `finish` has returned.
+    """
+    deadline = time.monotonic() + seconds
+    while not (records := list(_records(log.read_bytes()))) or records[-1].WhichOneof("record_type") != "exit":
+        assert time.monotonic() < deadline, f"no end in {log}"
+        time.sleep(0.1)
     return [
         {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-        for record in _records(log.read_bytes())
+        for record in records
         if record.WhichOneof("record_type") == "history"
     ]
 
@@ -44,6 +51,8 @@ def _records(data: bytes) -> Iterator[Record]:
             at += BLOCK - at % BLOCK
             continue
         _, length, kind = struct.unpack_from("<IHB", data, at)
+        if at + 7 + length > len(data):  # being written
+            return
         whole += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or its last part
