@@ -15,6 +15,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
@@ -25,10 +27,17 @@ from megapsft.metrics.records import read_records
 from megapsft.report.evaluations import draw_evaluations
 
 ROOT = Path(__file__).resolve().parents[1]
+START = 0.44  # of 500 problems right, then RL begins: less than half also by the 200 that it is measured by
+SIZES = ["train.steps=240", "train.batch_size=24", "train.minibatch_size=12"]
+INFORMATIVE = "rollout.dynamic_sampling="  # a third of the groups would be all right or all wrong: time without a gradient
 RUNS = {  # label -> overrides of configs/grpo/tiny-qwen3-arithmetic.yaml
-    "SGLang, a step ahead": ["rollout.engine=sglang", "rollout.max_weight_lag=1"],  # sampled on one core, trained on the other
-    "in process": [],
-    "shuffled rewards (control)": [f"rewards=[{{name: {ROOT / 'benchmarks/shuffled_reward.py'}}}]"],
+    # sampled on one core, trained on the other
+    "SGLang, a step ahead": ["rollout.engine=sglang", "rollout.max_weight_lag=1", INFORMATIVE + "math_answer"],
+    "in process": [INFORMATIVE + "math_answer"],
+    "shuffled rewards (control)": [
+        f"rewards=[{{name: {ROOT / 'benchmarks/shuffled_reward.py'}, label: shuffled}}]",
+        INFORMATIVE + "shuffled",
+    ],
 }
 
 
@@ -39,19 +48,13 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, help="draw accuracy over steps into this PNG")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config of every RL run")
     options = parser.parse_args()
-    data, test = make_data(options.work)
-    model = warm_start(options.work, data)
-    figures = {}
-    for label, overrides in RUNS.items():
-        run = options.work / label.partition(",")[0].partition(" (")[0].replace(" ", "-").lower()
-        if "rollout.engine=sglang" not in overrides:
-            overrides = [*overrides, "rollout.max_batch_size=256"]
-        where = [f"model.path={model}", f"data.path={data}", f"run.dir={run}", f"evaluate.data=[{test}]"]
-        began, spent = time.perf_counter(), run.with_suffix(".seconds")
-        _megapsft("train", str(ROOT / "configs/grpo/tiny-qwen3-arithmetic.yaml"), *where, *overrides, *options.overrides)
-        if not spent.exists():  # of the command that did the work, not of one that found it done
-            spent.write_text(f"{time.perf_counter() - began}\n")
-        figures[label] = {"seconds_of_command": float(spent.read_text())} | read(run)
+    data, test, validation = make_data(options.work)
+    model = warm_start(options.work, data, validation)
+    sglang, *in_process = RUNS
+    train_run(sglang, options.work, model, data, test, options.overrides)
+    with ThreadPoolExecutor() as side_by_side:  # a core for each
+        list(side_by_side.map(lambda label: train_run(label, options.work, model, data, test, options.overrides), in_process))
+    figures = {label: read(folder(label, options.work)) for label in RUNS}
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
@@ -61,33 +64,61 @@ def main() -> int:
     return 0
 
 
-def make_data(work: Path) -> tuple[Path, Path]:
-    """Problems to train on and others to be measured by."""
-    train, test = work / "train.jsonl", work / "test.jsonl"
-    if not test.is_file():
-        rows = generate(8200, 1, "easy")
-        write_jsonl(train, rows[:8000])
-        write_jsonl(test, rows[8000:])
-    return train, test
+def make_data(work: Path) -> tuple[Path, Path, Path]:
+    """Problems to train on, others to be measured by, and others that say when the warm start has had enough."""
+    files = tuple(work / f"{name}.jsonl" for name in ("train", "test", "validation"))
+    if not files[-1].is_file():
+        rows = generate(8700, 1, "easy")
+        for file, part in zip(files, (rows[:8000], rows[8000:8200], rows[8200:]), strict=True):
+            write_jsonl(file, part)
+    return files
 
 
-def warm_start(work: Path, data: Path) -> Path:
-    """A model after PSFT, which answers some of the problems right."""
+def warm_start(work: Path, data: Path, validation: Path) -> Path:
+    """A model in the midst of PSFT, right in less than half of the cases; after how many steps depends on rounding."""
     tiny, run, out = work / "tiny", work / "psft", work / "warm"
     if not tiny.exists():
         sizes = ["--vocab-size=320", "--hidden-size=128", "--num-layers=3", "--head-dim=32", "--intermediate-size=384"]
         _megapsft("init-model", "--family", "qwen3", "--data", str(data), *sizes, "--out", str(tiny))
     if not out.exists():
+        where = [f"model.path={tiny}", f"data.path={data}", f"run.dir={run}", f"evaluate.data=[{validation}]"]
+        often = ["checkpoint.interval=5", "checkpoint.keep_last=100", "evaluate.interval=5"]
+        sampled = ["evaluate.temperature=1", "evaluate.top_p=1", "evaluate.max_tokens=24"]
         config = str(ROOT / "configs/psft/tiny-qwen3-arithmetic.yaml")
-        _megapsft("train", config, f"model.path={tiny}", f"data.path={data}", f"run.dir={run}")
-        _megapsft("export", str(run), "--out", str(out))
+        _megapsft("train", config, *where, *often, *sampled, "train.sft_warmup_steps=120", "train.steps=80")
+        found = read_records(run / "evaluations.jsonl")
+        start = last_below(START, [(one["step"], one["evaluate/validation/avg"]) for one in found])
+        _megapsft("export", str(run), "--checkpoint", f"step-{start:08d}", "--out", str(out))
     return out
+
+
+def last_below(limit: float, accuracy: Sequence[tuple[int, float]]) -> int:
+    """The last step before the first whose accuracy is not below the limit."""
+    reached = next((number for number, (_, value) in enumerate(accuracy) if value >= limit), len(accuracy))
+    return accuracy[reached - 1][0]
+
+
+def folder(label: str, work: Path) -> Path:
+    return work / label.partition(",")[0].partition(" (")[0].replace(" ", "-").lower()
+
+
+def train_run(label: str, work: Path, model: Path, data: Path, test: Path, more: Sequence[str]) -> None:
+    """One of RUNS, and beside its folder the seconds of the command that did it."""
+    run, overrides = folder(label, work), RUNS[label]
+    if "rollout.engine=sglang" not in overrides:
+        overrides = [*overrides, "rollout.max_batch_size=256"]
+    where = [f"model.path={model}", f"data.path={data}", f"run.dir={run}", f"evaluate.data=[{test}]"]
+    began, spent = time.perf_counter(), run.with_suffix(".seconds")
+    _megapsft("train", str(ROOT / "configs/grpo/tiny-qwen3-arithmetic.yaml"), *where, *SIZES, *overrides, *more)
+    if not spent.exists():  # not of a command that found it done
+        spent.write_text(f"{time.perf_counter() - began}\n")
 
 
 def read(run: Path) -> dict:
     steps, found = read_records(run / "steps.jsonl"), read_records(run / "evaluations.jsonl")
     whole = sum(step["perf/seconds"] for step in steps)
     return {
+        "seconds_of_command": float(run.with_suffix(".seconds").read_text()),
         "accuracy": [
             {"step": one["step"], "avg": one["evaluate/test/avg"], "standard_error": one["evaluate/test/avg_se"]} for one in found
         ],
