@@ -9,7 +9,8 @@ from typing import Any
 
 from megapsft.errors import Refused
 from megapsft.metrics.shown import Table
-from megapsft.report.picture import LINES, need_matplotlib
+from megapsft.report.figure import Chart, Line
+from megapsft.report.png import write_png
 from megapsft.report.table import percent
 
 Point = tuple[float, float, float]  # step, value, its standard error
@@ -25,25 +26,15 @@ def draw_evaluations(runs: Mapping[str, Sequence[Point]], quantity: str, out_png
     Raises:
         Refused: no runs, a run without points, or matplotlib is not installed.
     """
-    need_matplotlib("the picture")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if not runs or not all(runs.values()):
         raise Refused("the picture", "needs runs, each with a point at least", "set evaluate.data before they are trained")
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for (label, points), colour in zip(runs.items(), LINES * len(runs), strict=False):
+    lines = []
+    for colour, (name, points) in enumerate(runs.items()):
         steps, values, errors = zip(*points, strict=True)
-        axes.plot(steps, values, marker="o", markersize=4, color=colour, label=label)
         low, high = ([v + sign * 2 * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
-        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.set(xlabel="Step", ylabel=quantity, title=f"{quantity}, bands of two standard errors")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    Path(out_png).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out_png, dpi=130)
+        lines.append(Line(name=name, x=steps, y=values, low=low, high=high, colour=colour))
+    title = f"{quantity}, bands of two standard errors"
+    write_png([Chart(name="evaluations", title=title, x_label="steps", y_label=quantity, lines=lines)], out_png)
 
 
 def benchmarks_of(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:

@@ -70,7 +70,7 @@ class Span:
 class Chart:
     """Lines over one x axis."""
 
-    name: str  # of files and anchors: letters, digits, -
+    name: str  # of files and anchors
     title: str
     x_label: str  # with its unit
     y_label: str  # with its unit

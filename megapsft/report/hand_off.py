@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ from rich.console import Console
 from rich.measure import Measurement
 
 from megapsft.metrics.shown import Table
-from megapsft.report.picture import LINES
+from megapsft.report.figure import Bars, Series
+from megapsft.report.png import write_png
 from megapsft.report.table import percent, to_rich
 
 NAME = "hand-off"
@@ -64,37 +66,44 @@ def of_passes(rows: Sequence[Row]) -> list[str]:
     return sorted(found, key=lambda key: int(key[5:]))
 
 
-def draw_hand_off(rows: Sequence[Row], out_png: Path) -> None:
-    """Draw accuracy, pass@k of the largest k, length, entropy and both estimates of the KL over the stages.
+def bars(rows: Sequence[Row], pipeline: str = "") -> list[Bars]:
+    """Accuracy, pass@k of the largest k, length, entropy and KL (k3) after each stage, a bar for each benchmark.
+
+    k1 is in the table alone: an estimate that may be negative.
 
     Args:
-        rows: a line for each benchmark; standard errors are bars.
+        rows: with standard errors, where there are any.
+        pipeline: its name, where figures of others stand beside these.
+    """
+    titles = {"avg": ("Accuracy, avg@n", "% of responses", 100.0)}
+    titles |= {key: (key, "% of problems", 100.0) for key in of_passes(rows)[-1:]}
+    titles |= {"length": ("Length of responses", "tokens", 1.0), "entropy": ("Entropy", "nats a token", 1.0)}
+    titles |= {"kl_k3": ("KL from the start, k3", "nats a token", 1.0)}
+    stages, benchmarks = (list(dict.fromkeys(row[key] for row in rows)) for key in ("stage", "benchmark"))
+    found = []
+    for key, (title, unit, size) in titles.items():
+        errors = any(row.get(f"{key}_se") is not None for row in rows)
+        series = []
+        for colour, benchmark in enumerate(benchmarks):
+            own = {row["stage"]: row for row in rows if row["benchmark"] == benchmark}
+            values, halves = (_of_stages(own, stages, of, size) for of in (key, f"{key}_se"))
+            series.append(Series(name=benchmark, values=values, errors=halves if errors else None, colour=colour))
+        name, title = (f"{NAME}-{pipeline}-{key}", f"{pipeline}: {title}") if pipeline else (f"{NAME}-{key}", title)
+        note = "Error bars are one standard error." if errors else ""
+        found.append(Bars(name=name, title=title, x_label="stage", y_label=unit, names=stages, series=series, note=note))
+    return found
+
+
+def _of_stages(own: Mapping[str, Row], stages: Sequence[str], key: str, size: float) -> list[float]:
+    """nan where a stage has no such number."""
+    values = [own.get(stage, {}).get(key) for stage in stages]
+    return [math.nan if value is None else size * value for value in values]
+
+
+def draw_hand_off(rows: Sequence[Row], out_png: Path) -> None:
+    """Draw the bars.
+
+    Args:
         out_png: the file to write, a PNG whatever its suffix.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    titles = {"avg": "Accuracy, avg@n", "length": "Length (tokens)", "entropy": "Entropy (nats a token)"}
-    titles |= {"kl_k1": "KL from the start, k1 (nats a token)", "kl_k3": "KL from the start, k3 (nats a token)"}
-    if ks := of_passes(rows):
-        titles = {"avg": titles["avg"], ks[-1]: ks[-1], **titles}
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = list(figure.subplots(2, 3).flat)
-    benchmarks = list(dict.fromkeys(row["benchmark"] for row in rows))
-    for axes, (key, title) in zip(grid, titles.items(), strict=False):
-        axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-        for number, benchmark in enumerate(benchmarks):
-            own = [row for row in rows if row["benchmark"] == benchmark and row.get(key) is not None]
-            errors = [row.get(f"{key}_se") or 0.0 for row in own]
-            style = {"color": LINES[number % len(LINES)], "marker": "o", "linewidth": 1.6, "capsize": 3}
-            axes.errorbar([row["stage"] for row in own], [row[key] for row in own], yerr=errors, label=benchmark, **style)
-        axes.tick_params(labelsize=9)
-    for axes in grid[len(titles) :]:
-        axes.set_visible(False)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6), frameon=False, fontsize=11)
-    figure.savefig(out_png, dpi=130, format="png")
+    write_png(bars(rows), out_png)

@@ -6,6 +6,7 @@ import math
 from html import escape
 
 from megapsft.report.figure import Bars, Chart, Cloud, Figure, Grid, Heat, Histogram, Switched, Token
+from megapsft.report.style import anchor
 from megapsft.report.svg import coloured, drawing
 
 LONG = 40  # characters of a cell, from which on it is folded
@@ -25,7 +26,7 @@ def figure(shown: Figure) -> str:
 def _framed(name: str, title: str, content: str, note: str, wide: str = "") -> str:
     said = f'<p class="soft">{escape(note)}</p>' if note else ""
     heading = f"<figcaption>{escape(title)}</figcaption>"
-    return f'<figure id="figure-{escape(name)}" class="shown{wide}">{heading}{content}{said}</figure>'
+    return f'<figure id="figure-{anchor(name)}" class="shown{wide}">{heading}{content}{said}</figure>'
 
 
 def _key(shown: Figure) -> str:

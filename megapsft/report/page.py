@@ -28,8 +28,7 @@ figure.shown { background: var(--card); border: 1px solid var(--line); border-ra
 .over:not(:first-child) { display: none; }
 section { scroll-margin-top: 3rem; }
 """ + "".join(
-    f"body:has(#axis-{axis}:checked) {{ .over {{ display: none; }} .over-{axis} {{ display: block; }} }}\n"
-    for axis in AXES
+    f"body:has(#axis-{axis}:checked) {{ .over {{ display: none; }} .over-{axis} {{ display: block; }} }}\n" for axis in AXES
 )
 
 

@@ -108,7 +108,7 @@ def _chart(axes: Axes, chart: Chart) -> None:
 def _line(axes: Axes, line: Line) -> None:
     colour, dots = _colour(line.colour), line.dots or len(line.x) == 1
     style = {"color": colour, "linewidth": 1.6, "linestyle": "--" if line.dashed else "-", "marker": "o" if dots else None}
-    axes.plot(line.x, line.y, label=line.name, markersize=4, **style)
+    axes.plot(line.x, line.y, label=line.name, markersize=4, clip_on=not dots, **style)  # those at the ends are seen whole
     if line.low is None or line.high is None:
         return
     if line.dots:

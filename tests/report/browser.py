@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -17,6 +18,7 @@ OPTIONS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
     "--remote-debugging-pipe",
 )  # fmt: skip
+ABOVE = 10  # 3 and 4 are where Chromium looks for its pipes
 TIMEOUT = 120  # seconds that an answer may take: the machine may be busy
 
 
@@ -31,17 +33,17 @@ class Browser:
     def __init__(self, folder: Path):
         if shutil.which(PROGRAM) is None:
             raise FileNotFoundError(f"{PROGRAM} is not installed: make browser")
-        theirs, self._to = os.pipe()
-        self._from, their_answers = os.pipe()
-        command = f'exec {PROGRAM} "$@" 3<&{theirs} 4>&{their_answers}'
+        questions, self._to = os.pipe()
+        self._from, answers = os.pipe()
+        theirs = [fcntl.fcntl(end, fcntl.F_DUPFD, ABOVE) for end in (questions, answers)]  # or 3<& could close the other
         self._process = subprocess.Popen(
-            ["sh", "-c", command, "sh", *OPTIONS, f"--user-data-dir={folder}"],
-            pass_fds=(theirs, their_answers),
+            ["bash", "-c", f'exec {PROGRAM} "$@" 3<&{theirs[0]} 4>&{theirs[1]}', PROGRAM, *OPTIONS, f"--user-data-dir={folder}"],
+            pass_fds=theirs,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        os.close(theirs)
-        os.close(their_answers)
+        for end in (questions, answers, *theirs):
+            os.close(end)
         self._read, self._number = b"", 0
         self.events: list[dict[str, Any]] = []
 

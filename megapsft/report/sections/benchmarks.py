@@ -16,7 +16,8 @@ ERRORS = "Bars are two standard errors to either side, over problems."
 
 def section(shown: Shown) -> Section | None:
     keys = dict.fromkeys(key for run in shown.runs for record in run.evaluations for key in record)
-    curves = [_curve(number, *found.group("benchmark", "what")) for number, key in enumerate(keys) if (found := KEY.match(key))]
+    matched = [found for key in keys if (found := KEY.match(key))]
+    curves = [_curve(number, *found.group("benchmark", "what")) for number, found in enumerate(matched)]
     return of_curves("Benchmarks", curves, shown.runs)
 
 
