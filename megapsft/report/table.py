@@ -45,7 +45,7 @@ def to_rich(table: Table, title: str | None = None, caption: str | None = None) 
     return found
 
 
-def phase_rows(cut: Sequence[Phase]) -> list[list[str]]:
+def phase_rows(cut: Sequence[Phase]) -> list[tuple[str, ...]]:
     """The cells under HEADING, a row for each phase."""
     rows = []
     skipped_before = 0.0  # the record counts skipped updates from the start of the run
@@ -53,7 +53,7 @@ def phase_rows(cut: Sequence[Phase]) -> list[list[str]]:
         skipped = max(phase.values("train/skipped_updates"), default=skipped_before)
         updates = str(len(phase.records)) + (f" ({skipped - skipped_before:.0f} skipped)" if skipped > skipped_before else "")
         numbers = [first_last(phase, key) for key in ("train/loss", "objective/nll", "policy/entropy")]
-        rows.append([phase.title, updates, *numbers, over(fmean, phase, "objective/clip_fraction")])
+        rows.append((phase.title, updates, *numbers, over(fmean, phase, "objective/clip_fraction")))
         skipped_before = skipped
     return rows
 

@@ -44,7 +44,7 @@ def test_all_three_files_are_written_and_nothing_beside_them(tmp_path):
 def test_the_picture_shows_what_there_is(tmp_path):
     """Other numbers make another picture; without pass@k a panel is left empty."""
     pictures = []
-    for number, rows in enumerate((ROWS, [*ROWS[:3], row("psft", "hard", kl_k1=0.5)], [without_passes(one) for one in ROWS])):
+    for number, rows in enumerate((ROWS, [*ROWS[:3], row("psft", "hard", kl_k3=0.5)], [without_passes(one) for one in ROWS])):
         write_hand_off(rows, tmp_path / str(number))
         pictures.append((tmp_path / str(number) / "hand-off.png").read_bytes())
     assert len(set(pictures)) == 3
