@@ -11,7 +11,7 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 
-from megapsft.checkpoint.random_init import init_model  # noqa: E402
+from megapsft.checkpoint.random_init import WHOLE_HEADS, init_model  # noqa: E402
 from megapsft.data.arithmetic import generate, write_jsonl  # noqa: E402
 
 
@@ -49,7 +49,7 @@ def tiny_models(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
             made[family] = root / family
             init_model(
                 family=family, data_path=tiny_data, out_dir=made[family], vocab_size=307, hidden_size=64,
-                head_dim=16 if family == "qwen2" else 24, intermediate_size=128, seed=1,
+                head_dim=16 if family in WHOLE_HEADS else 24, intermediate_size=128, seed=1,
             )  # fmt: skip
         return made[family]
 

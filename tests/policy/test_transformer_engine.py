@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 
+from megapsft.checkpoint.random_init import FAMILIES
 from tests.gpu.measured import measured, random_slice
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 TRAINED = ["data.max_length=512", "data.pack_length=1024", "train.batch_size=8", "train.minibatch_size=4", "train.steps=2",
            "optimizer.lr=1e-3"]  # fmt: skip
 FP8, DELAYED = ["fp8.format=hybrid"], ["fp8.format=hybrid", "fp8.recipe=delayed", "fp8.amax_history_len=4"]
