@@ -8,7 +8,7 @@ import math
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -143,7 +143,8 @@ class Run:
         limit = limit_of(self.plan.config, self.plan.phases[-1].objective)
         if limit is None or self.done.noise_clipped is not None:
             return
-        evidence = gather_evidence(self.policy, self.plan, groups[: self.plan.minibatch_size], limit)
+        with self._uncounted():
+            evidence = gather_evidence(self.policy, self.plan, groups[: self.plan.minibatch_size], limit)
         if evidence is None:
             return
         self.done.noise_clipped = evidence.floor.clipped
@@ -153,7 +154,6 @@ class Run:
             self.close()
             evidence.refuse()
         self.say(f"Noise: {evidence}; train.max_noise_clipped={limit:g} allows that.")
-        self.clock = time.perf_counter()  # the first update does not count it
 
     def pack(self, groups: list[Group], objective: Objective) -> TrainBatch:
         """This rank's part of the step, cut into the minibatches of its updates."""
@@ -276,13 +276,12 @@ class Run:
         if self.stopped or not self._evaluation_due(done):
             return
         self.heart.rest()
-        with part("evaluate"):
+        with self._uncounted(), part("evaluate"):
             metrics = self.evaluation(self)
         if self.sinks:
             self.sinks.write_evaluation({"update": self.done.update, "step": done} | metrics)
             found = (f"{key.removeprefix('evaluate/')} {value:.4g}" for key, value in metrics.items())
             self.say(f"step {done}: {', '.join(found)}")
-        self.clock = time.perf_counter()  # the next update does not count it
 
     def save_if_due(self, step: int, phase: Phase) -> None:
         """A checkpoint every `checkpoint.interval` steps, at the end of a phase, and at the end of the run, stopped or not."""
@@ -321,12 +320,17 @@ class Run:
             self.stop.settle(self.done.step, self.stopped)
 
     def _write_profile(self) -> None:
-        """In the time of no step."""
         self.heart.rest()
-        began = time.perf_counter()
-        self.profile.finish()
+        with self._uncounted():
+            self.profile.finish()
         if self.plan.config.profile.tool == "torch":
             self.say(f"traces are in {run_folder(self.plan.config) / 'profile'}")
+
+    @contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        """The body is in the time of no update: what went by before it still is."""
+        began = time.perf_counter()
+        yield
         self.clock += time.perf_counter() - began
 
     def _speed(self, metrics: Mapping[str, float]) -> dict[str, float]:
