@@ -101,7 +101,8 @@ def test_a_resumed_run_goes_on(models, tiny_data, tmp_path, family, kind):
     (found,) = measured({"": ("resumed", {"before": options, "after": options, **paths})}, tmp_path).values()
     assert found["again"][0] == pytest.approx(found["went_on"][0], abs=1e-6)
     assert found["again"][1] == pytest.approx(found["went_on"][1], abs=5e-3)
-    assert (found["states"] > 0) == (kind == "delayed")
+    assert kind != "bf16" or found["states"] == 0
+    assert kind != "delayed" or found["states"] > 0  # of other recipes there are some, without a number in them, before 2.18
 
 
 @pytest.mark.parametrize(("before", "after"), [("local", "transformer_engine"), ("transformer_engine", "local")])

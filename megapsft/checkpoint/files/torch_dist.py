@@ -51,12 +51,15 @@ ALLOWED = {  # module -> names that may be called while unpickling
     "collections": {"OrderedDict"},
     "pathlib": {"Path", "PosixPath"},  # where torch's own writer wrote to
 }
-ALLOWED_IN_STATES = {  # in what Transformer Engine pickles of its own: the scales of FP8's delayed recipe
-    "transformer_engine.common.recipe": {"DelayedScaling", "Format", "MMParams", "_FormatHelper", "_OverrideLinearPrecision"},
+ALLOWED_IN_STATES = {  # in what Transformer Engine pickles of its own: the recipe of FP8, of 2.18 and newer the delayed one alone
+    "transformer_engine.common.recipe": {
+        "DelayedScaling", "Float8BlockScaling", "Float8CurrentScaling", "Format", "MMParams", "MXFP8BlockScaling", "QParams",
+        "_FormatHelper", "_OverrideLinearPrecision",
+    },
     "megatron.core.extensions.transformer_engine": {"TEDelayedScaling"},
     "torch._utils": {"_rebuild_tensor_v2"},
     "collections": {"OrderedDict"},
-}
+}  # fmt: skip
 
 
 class Chunk(NamedTuple):

@@ -361,10 +361,11 @@ def with_state(checkpoint: Path, state: object) -> None:
     change(checkpoint, point)
 
 
-def test_states_that_transformer_engine_pickled_are_read_without_it(checkpoint, monkeypatch):
-    """Classes are those that the delayed recipe of 2.19 names; here they cannot be imported."""
-    recipe = type("DelayedScaling", (), {"__module__": "transformer_engine.common.recipe"})
-    monkeypatch.setitem(sys.modules, "transformer_engine.common.recipe", SimpleNamespace(DelayedScaling=recipe))
+@pytest.mark.parametrize("name", ["DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling"])
+def test_states_that_transformer_engine_pickled_are_read_without_it(name, checkpoint, monkeypatch):
+    """Before 2.18 layers pickle whatever recipe they compute by. Here its class cannot be imported."""
+    recipe = type(name, (), {"__module__": "transformer_engine.common.recipe"})
+    monkeypatch.setitem(sys.modules, "transformer_engine.common.recipe", SimpleNamespace(**{name: recipe}))
     monkeypatch.setitem(sys.modules, "transformer_engine.common", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "transformer_engine", SimpleNamespace())
     with_state(checkpoint, {"recipe": recipe(), "amax_history_fwd": torch.ones(4, 3), "extra_fp8_variables": {"num_gemms": 1}})
