@@ -15,7 +15,8 @@ from megapsft.audit.across import MOST_NEAR, RULES_ACROSS, Problem, Summary, Tog
 from megapsft.audit.lengths import Histogram, Packing, histogram, packing
 from megapsft.audit.roles import ROLES
 from megapsft.audit.rows import DROPS, AuditedRow, AuditedSample, audit_rows, read_records
-from megapsft.audit.rules import ROW_RULES, Context, Rule
+from megapsft.audit.rule import Rule
+from megapsft.audit.rules import ROW_RULES, Context
 from megapsft.audit.spans import Span, spans
 from megapsft.config import Config
 from megapsft.data.chat_template import ChatTemplate

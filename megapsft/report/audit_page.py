@@ -2,52 +2,34 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 from megapsft.audit.audit import Audit, ShownRow, ShownSample, Warned
-from megapsft.audit.lengths import Histogram, Packing
+from megapsft.audit.lengths import Histogram as Lengths
+from megapsft.audit.lengths import Packing
 from megapsft.audit.rows import DROPS
 from megapsft.report.audit import MEANINGS, head, overview_rows, shortened, title, visible
-from megapsft.report.svg import columns, figure, height_of_shares, shares
+from megapsft.report.figure import Bars, Histogram, Mark, Series
+from megapsft.report.html import figure
+from megapsft.report.style import document, section, write
 
 HEAD, TAIL = 3000, 1000  # characters of a long span that are on the page
 NUMBERS = 60  # rows that a table names
 EXAMPLES = 5  # of what a rule found, in words
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1c1c1c; --soft: #5b5b5b; --paper: #fdfdfb; --line: #d5d3cc; --bar: #0072b2;
-  --rest: #cfd8df; --limit: #b34700; --trained: #d6ebf7; --trained-ink: #003b5c; --masked: #fbf0cf; --truncated: #f6e1ee;
-  --dropped: #f9dfd2; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8e6e0; --soft: #aaa79f; --paper: #17181a; --line: #3b3d41; --bar: #56b4e9;
-  --rest: #3a4650; --limit: #f0935a; --trained: #123a52; --trained-ink: #c9e8fb; --masked: #4a3d10; --truncated: #4b2a40;
+:root { --trained: #d6ebf7; --trained-ink: #003b5c; --masked: #fbf0cf; --truncated: #f6e1ee; --dropped: #f9dfd2; }
+@media (prefers-color-scheme: dark) { :root { --trained: #123a52; --trained-ink: #c9e8fb; --masked: #4a3d10; --truncated: #4b2a40;
   --dropped: #512a18; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 60rem; padding: 1rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2rem; border-bottom: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; } h4 { font-size: .9rem; margin: .6rem 0 .2rem; font-weight: 600; }
-a { color: inherit; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-th, td { text-align: left; vertical-align: top; padding: .35rem .6rem .35rem 0; border-top: 1px solid var(--line); }
 h2 + table tr:first-child > * { border-top: 0; } th[scope=row] { white-space: nowrap; overflow-wrap: normal; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.name { white-space: nowrap; overflow-wrap: normal; }
-p.soft, td p.soft, .soft { color: var(--soft); margin: .2rem 0; }
-td p { margin: .2rem 0; }
+td.name { white-space: nowrap; overflow-wrap: normal; } td p { margin: .2rem 0; }
 @media (max-width: 36rem) { thead { display: none; } td.name, td.number, td.name + td.number + td { display: block; padding: 0; }
   td.name { padding-top: .5rem; } td.number, td.name + td.number + td { border: 0; text-align: left; }
   td.number::before { content: attr(data-unit) ": "; } }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
-figure { margin: 0; } figcaption { font-size: .85rem; font-weight: 600; min-height: 3em; }
-svg { width: 100%; height: auto; } svg text { font-size: 11px; fill: var(--soft); }
-svg .bar { fill: var(--bar); } svg .rest { fill: var(--rest); } svg .grid { stroke: var(--line); }
-svg .limit { stroke: var(--limit); stroke-width: 1.5; stroke-dasharray: 5 3; } svg .limit-name { fill: var(--limit); }
-pre { white-space: pre-wrap; margin: 0; padding: .6rem; border: 1px solid var(--line); font: .82rem/1.6 ui-monospace, monospace; }
 .prompt { color: var(--soft); }
-.trained { background: var(--trained); color: var(--trained-ink); text-decoration: underline 2px var(--bar);
+.trained { background: var(--trained); color: var(--trained-ink); text-decoration: underline 2px var(--c0);
   text-underline-offset: 3px; }
 .masked { background: var(--masked); text-decoration: underline dotted 2px; text-underline-offset: 3px; }
 .truncated { background: var(--truncated); text-decoration: line-through; }
@@ -60,10 +42,7 @@ ul.legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .
 
 def write_page(audit: Audit, path: Path) -> None:
     """The page, the old file or the new one; folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(page(audit), encoding="utf-8")
-    os.replace(beside, path)
+    write(page(audit), path)
 
 
 def page(audit: Audit) -> str:
@@ -80,15 +59,7 @@ def page(audit: Audit) -> str:
         section("What was looked at", "".join(f"<p class=soft>{escape(note)}</p>" for note in audit.notes)),
         "</main>",
     ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>Audit of {name}</title><style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
-    )
-
-
-def section(name: str, content: str) -> str:
-    return f'<section id="{name.lower().replace(" ", "-")}"><h2>{name}</h2>{content}</section>'
+    return document(f"Audit of {visible(audit.path)}", "".join(body), STYLE)
 
 
 def definitions(rows: Iterable[tuple[str, str]]) -> str:
@@ -127,37 +98,41 @@ def link(row: int, shown: set[int], before: str = "") -> str:
     return f'<a href="#row-{row}">{before}{row}</a>' if row in shown else f"{before}{row}"
 
 
-def lengths(histogram: Histogram) -> str:
+def lengths(found: Lengths) -> str:
     """The columns; their unit is the token, and that of their heights what has such a length."""
-    of = "rows" if histogram.name == "prompt" else "samples"
-    limits = "".join(f"; {name} is {tokens:,}" for name, tokens in histogram.limits.items())
-    words = f"{sum(histogram.counts):,} {of}, most of them around {mode(histogram)} tokens{limits}"
-    caption = title(histogram)
-    drawing = columns(histogram.edges, histogram.counts, histogram.limits, "tokens", of)
-    return figure(caption[0].upper() + caption[1:], words, drawing)
-
-
-def mode(histogram: Histogram) -> int:
-    """The middle of the highest bar."""
-    highest = max(range(len(histogram.counts)), key=histogram.counts.__getitem__)
-    return (histogram.edges[highest] + histogram.edges[highest + 1]) // 2
+    said = title(found)
+    return figure(
+        Histogram(
+            name=f"length-of-{found.name}",
+            title=said[0].upper() + said[1:],
+            x_label="tokens",
+            y_label="rows" if found.name == "prompt" else "samples",
+            edges=found.edges,
+            series=[Series(name=found.name, values=found.counts)],
+            limits=[Mark(tokens, name) for name, tokens in found.limits.items()],
+        )
+    )
 
 
 def of_roles(audit: Audit) -> str:
-    parts = [(role, role.trained / role.tokens) for role in audit.roles]
-    rows = [(f"{role.role}: {role.tokens:,} tokens, {part:.1%} trained", role.tokens, part) for role, part in parts]
-    words = "; ".join(name for name, _, _ in rows)
-    return figure("Tokens by role; in blue those with a loss", words, shares(rows), height_of_shares(rows))
+    names = [f"{role.role}: {role.tokens:,} tokens, {role.trained / role.tokens:.1%} trained" for role in audit.roles]
+    parts = {"with a loss": [role.trained for role in audit.roles], "without": [role.tokens - role.trained for role in audit.roles]}
+    return figure(filled("roles", "Tokens by role", "role", "tokens", names, parts))
 
 
 def packed(packing: Packing | None) -> str:
     if packing is None:
         return ""
     ways = [("as planned", packing.positions), ("one sample a row", packing.unpacked_positions)]
-    parts = [(name, positions, packing.tokens / positions) for name, positions in ways]
-    rows = [(f"{name}: {positions:,} positions, {part:.1%} filled", positions, part) for name, positions, part in parts]
-    words, caption = "; ".join(name for name, _, _ in rows), "Positions that go through the model; in blue those without padding"
-    return figure(caption, words, shares(rows), height_of_shares(rows))
+    names = [f"{name}: {positions:,} positions, {packing.tokens / positions:.1%} filled" for name, positions in ways]
+    parts = {"tokens": [packing.tokens] * len(ways), "padding": [positions - packing.tokens for _, positions in ways]}
+    return figure(filled("packing", "Positions that go through the model", "way of packing", "positions", names, parts))
+
+
+def filled(name: str, title: str, of: str, unit: str, names: Sequence[str], parts: Mapping[str, Sequence[int]]) -> Bars:
+    """Bars of two parts, the first in colour."""
+    series = [Series(name=part, values=values, colour=0 if not n else None) for n, (part, values) in enumerate(parts.items())]
+    return Bars(name=name, title=title, x_label=of, y_label=unit, names=names, series=series, stacked=True)
 
 
 def drops(audit: Audit) -> str:

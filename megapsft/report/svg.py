@@ -1,75 +1,198 @@
-"""Small pictures as inline SVG: each a figure with a title, its units, and the same in words for who cannot see it."""
+"""Charts, histograms and bars as inline SVG. Colours are the stylesheet's (`style.py`), so that they follow light and dark."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator
 from html import escape
+from itertools import chain, groupby
 
-WIDTH, HEIGHT = 360, 190  # of the view box: text stays readable where a phone shows it
-LEFT, RIGHT, TOP, BOTTOM = 44, 8, 26, 34
+from megapsft.report.axis import Axis, axis_of, thinned, written
+from megapsft.report.figure import Bars, Chart, Histogram, Line, Mark, Numbers, Series
+from megapsft.report.picture import LINES
 
-
-def figure(title: str, words: str, content: str, height: int = HEIGHT) -> str:
-    """The drawing under its title.
-
-    Args:
-        words: what can be seen in it.
-    """
-    return (
-        f"<figure><figcaption>{escape(title)}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(f"{title}. {words}", quote=True)}">'
-        f"<title>{escape(words)}</title>{content}</svg></figure>"
-    )
+WIDTH, HEIGHT = 380, 240  # of the view box: text stays readable where a phone shows it
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 24, 36
+HOVERED = 60  # points of a line that say their numbers each
+LETTER = 6.2  # width of one, about
+ROW, BAR = 17, 11  # of bars: the line of a name, and the height of a bar
 
 
-def columns(edges: Sequence[int], counts: Sequence[int], limits: Mapping[str, int], unit: str, count_unit: str) -> str:
-    """A column for each count over its interval of `edges`, and a dashed line for each limit.
+def drawing(figure: Chart | Histogram | Bars) -> str:
+    """The <svg> element, with the figure in words for who cannot see it."""
+    draw = {Chart: _chart, Histogram: _histogram, Bars: _bars}[type(figure)]
+    height = _height(figure) if isinstance(figure, Bars) else HEIGHT
+    label = escape(f"{figure.title}. {figure.words}")
+    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">{"".join(draw(figure))}</svg>'
 
-    Args:
-        unit: of the edges and limits.
-        count_unit: of the counts.
-    """
-    end = max(edges[-1], *(round(limit * 1.02) for limit in limits.values())) if limits else edges[-1]
-    most = max(counts)
 
-    def x(value: float) -> float:
-        return round(LEFT + (WIDTH - LEFT - RIGHT) * value / end, 1)
+def coloured(colour: int | None, tint: str | None = None) -> str:
+    """The attributes of an element that make --c its colour."""
+    if tint is not None:
+        return f'style="--c:{escape(tint)}"'
+    return f'class="{"grey" if colour is None else f"c{colour % len(LINES)}"}"'
 
-    def y(value: float) -> float:
-        return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * value / most, 1)
 
+def _x(axis: Axis, value: float) -> float:
+    return round(LEFT + (WIDTH - LEFT - RIGHT) * axis.at(value), 1)
+
+
+def _y(axis: Axis, value: float) -> float:
+    return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * axis.at(value), 1)
+
+
+def _frame(x: Axis, y: Axis, x_label: str, y_label: str) -> Iterator[str]:
+    """Lines at the ticks of y, the numbers of both axes, and their labels."""
+    for tick in y.ticks:
+        at = _y(y, tick)
+        yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>'
+        yield f'<text x="{LEFT - 5}" y="{at + 4}" text-anchor="end">{written(tick, 6)}</text>'
+    free = -math.inf
+    for tick in x.ticks:
+        at, half = _x(x, tick), LETTER * len(written(tick, 6)) / 2
+        if at - half > free:
+            where = min(at, WIDTH - half)
+            yield f'<text x="{where}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{written(tick, 6)}</text>'
+            free = at + half + 4
+    yield f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>'
+    yield f'<text class="label" x="2" y="11">{escape(y_label)}</text>'
+
+
+def _chart(chart: Chart) -> Iterator[str]:
+    x = axis_of(chain(*(line.x for line in chart.lines)), log=chart.log_x, tight=True)
+    ends = (values for line in chart.lines for values in (line.y, line.low, line.high) if values is not None)
+    y = axis_of(chain(*ends), log=chart.log_y)
+    for span in chart.spans:
+        low, high = (_x(x, min(max(end, x.low), x.high)) for end in (span.low, span.high))
+        box = f'x="{low}" y="{TOP}" width="{max(high - low, 0):.1f}" height="{HEIGHT - TOP - BOTTOM}"'
+        yield f'<rect class="span" {box}><title>{escape(span.name)}</title></rect>'
+        if high - low > LETTER * len(span.name):
+            yield f'<text x="{low + 4}" y="{TOP + 12}">{escape(span.name)}</text>'
+    yield from _frame(x, y, chart.x_label, chart.y_label)
+    yield from _marks(x, chart.marks)
+    for line in chart.lines:
+        yield from _line(x, y, line)
+
+
+def _marks(x: Axis, marks: tuple[Mark, ...]) -> Iterator[str]:
+    """Dotted lines; their names as far as there is room."""
+    free = -math.inf
+    for mark in sorted(marks, key=lambda mark: mark.x):
+        at, width = _x(x, mark.x), LETTER * len(mark.name)
+        yield f"<g {coloured(mark.colour)}>"
+        place = f'x1="{at}" x2="{at}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"'
+        yield f'<line class="mark" {place}><title>{escape(mark.name)}</title></line>'
+        start = at + 3 if at + 3 + width < WIDTH else at - 3 - width
+        if start > free:
+            yield f'<text x="{start:.1f}" y="{TOP + 9}">{escape(mark.name)}</text>'
+            free = start + width
+        yield "</g>"
+
+
+def _line(x: Axis, y: Axis, line: Line) -> Iterator[str]:
+    kept = thinned(line.y)
+    points = [(_x(x, line.x[i]), _y(y, line.y[i])) for i in kept]
+    runs = [list(some) for known, some in groupby(points, key=lambda point: all(map(math.isfinite, point))) if known]
+    yield f"<g {coloured(line.colour)}><title>{escape(line.words)}</title>"
+    if line.low is not None and line.high is not None:
+        yield from _spread(x, y, line, kept)
+    dash = " dashed" if line.dashed else ""
+    for run in runs:
+        if len(run) > 1:
+            yield f'<path class="line{dash}" d="M{" ".join(f"{across:g},{down:g}" for across, down in run)}"/>'
+        elif not line.dots:  # alone between gaps: a line of it would not be seen
+            yield f'<circle class="dot" cx="{run[0][0]:g}" cy="{run[0][1]:g}" r="2"/>'
+    if line.dots or len(kept) <= HOVERED:
+        size = "dot" if line.dots else "hover"
+        for number, (across, down) in zip(kept, points, strict=True):
+            if math.isfinite(across) and math.isfinite(down):
+                said = f"{line.name}: {line.y[number]:.4g} at {line.x[number]:g}"
+                yield f'<circle class="{size}" cx="{across:g}" cy="{down:g}" r="3"><title>{escape(said)}</title></circle>'
+    yield "</g>"
+
+
+def _spread(x: Axis, y: Axis, line: Line, kept: list[int]) -> Iterator[str]:
+    """Error bars at dots, else a band."""
+    ends = [(_x(x, line.x[i]), _y(y, line.low[i]), _y(y, line.high[i])) for i in kept]
+    known = [end for end in ends if all(map(math.isfinite, end))]
+    if line.dots:
+        for across, low, high in known:
+            yield f'<path class="error" d="M{across - 3:g},{low:g}h6M{across - 3:g},{high:g}h6M{across:g},{low:g}V{high:g}"/>'
+    elif known:
+        there = " ".join(f"{across:g},{low:g}" for across, low, _ in known)
+        back = " ".join(f"{across:g},{high:g}" for across, _, high in reversed(known))
+        yield f'<path class="band" d="M{there} {back}z"/>'
+
+
+def _histogram(histogram: Histogram) -> Iterator[str]:
+    edges, several = histogram.edges, len(histogram.series) > 1
+    x = axis_of([*edges, *(mark.x for mark in histogram.limits)], tight=True)
+    heights = [value for series in histogram.series for value in series.values]
+    y = axis_of(heights if histogram.log_y else [0.0, *heights], log=histogram.log_y)
+    yield from _frame(x, y, histogram.x_label, histogram.y_label)
+    for series in histogram.series:
+        yield f"<g {coloured(series.colour, series.tint)}><title>{escape(series.name)}</title>"
+        yield from (_outline(x, y, edges, series) if several else _columns(x, y, edges, series, histogram))
+        yield "</g>"
+    yield from _marks(x, histogram.limits)
+
+
+def _columns(x: Axis, y: Axis, edges: Numbers, series: Series, histogram: Histogram) -> Iterator[str]:
+    floor = _y(y, y.low)
+    for low, high, value in zip(edges, edges[1:], series.values, strict=False):
+        if not (math.isfinite(value) and value > 0):
+            continue
+        top = _y(y, value)
+        gap = 1 if _x(x, high) - _x(x, low) > 3 else 0
+        box = f'x="{_x(x, low)}" y="{top}" width="{max(_x(x, high) - _x(x, low) - gap, 0.5):.1f}" height="{floor - top:.1f}"'
+        said = f"{written(low)} to {written(high)} {histogram.x_label}: {written(value)} {histogram.y_label}"
+        yield f'<rect class="bar" {box}><title>{escape(said)}</title></rect>'
+
+
+def _outline(x: Axis, y: Axis, edges: Numbers, series: Series) -> Iterator[str]:
+    floor = _y(y, y.low)
     drawn = []
-    for number in (0, most / 2, most):
-        drawn.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(number)}" y2="{y(number)}"/>')
-        drawn.append(f'<text x="{LEFT - 4}" y="{y(number) + 4}" text-anchor="end">{number:,.0f}</text>')
-    for low, high, count in zip(edges, edges[1:], counts, strict=False):
-        width = max(round(x(high) - x(low) - 1, 1), 0.5)
-        box = f'x="{x(low)}" y="{y(count)}" width="{width}" height="{round(y(0) - y(count), 1)}"'
-        drawn.append(f'<rect class="bar" {box}><title>{low} to {high - 1} {unit}: {count:,} {count_unit}</title></rect>')
-    for name, limit in limits.items():
-        after = x(limit) < WIDTH / 2
-        drawn.append(f'<line class="limit" x1="{x(limit)}" x2="{x(limit)}" y1="{TOP - 8}" y2="{y(0)}"/>')
-        place = f'x="{x(limit) + (3 if after else -3)}" y="{TOP - 12}" text-anchor="{"start" if after else "end"}"'
-        drawn.append(f'<text class="limit-name" {place}>{escape(name)} = {limit:,}</text>')
-    for number in (0, end // 2, end):
-        anchor = "start" if number == 0 else "end" if number == end else "middle"
-        drawn.append(f'<text x="{x(number)}" y="{HEIGHT - BOTTOM + 15}" text-anchor="{anchor}">{number:,}</text>')
-    drawn.append(f'<text x="{x(end / 2)}" y="{HEIGHT - 3}" text-anchor="middle">{escape(unit)}</text>')
-    drawn.append(f'<text x="2" y="12">{escape(count_unit)}</text>')
-    return "".join(drawn)
+    for low, high, value in zip(edges, edges[1:], series.values, strict=False):
+        top = _y(y, value) if math.isfinite(value) and (value > 0 or not y.log) else floor
+        drawn += [f"{_x(x, low):g},{top:g}", f"{_x(x, high):g},{top:g}"]
+    path = f"M{_x(x, edges[0]):g},{floor:g} {' '.join(drawn)} {_x(x, edges[-1]):g},{floor:g}"
+    yield f'<path class="band" d="{path}z"/><path class="line" d="{path}"/>'
 
 
-def shares(rows: Sequence[tuple[str, float, float]]) -> str:
-    """A bar for each (name, value, part of it that is filled); lengths in proportion to the largest value."""
-    most = max(value for _, value, _ in rows)
-    drawn = []
-    for number, (name, value, part) in enumerate(rows):
-        top, full = number * 34, (WIDTH - 8) * value / most
-        drawn.append(f'<text x="4" y="{top + 13}">{escape(name)}</text>')
-        drawn.append(f'<rect class="rest" x="4" y="{top + 18}" width="{max(full, 1):.1f}" height="11"/>')
-        drawn.append(f'<rect class="bar" x="4" y="{top + 18}" width="{full * part:.1f}" height="11"/>')
-    return "".join(drawn)
+def _height(bars: Bars) -> int:
+    of_one = 1 if bars.stacked else len(bars.series)
+    return TOP + len(bars.names) * (ROW + of_one * (BAR + 2) + 4) + 6
 
 
-def height_of_shares(rows: Sequence[object]) -> int:
-    return 34 * len(rows) + 2
+def _bars(bars: Bars) -> Iterator[str]:
+    """Lying, each under its name: names of any length have room, on a phone too."""
+    parts = [[max(value, 0.0) if math.isfinite(value) else 0.0 for value in series.values] for series in bars.series]
+    ends = map(sum, zip(*parts, strict=True)) if bars.stacked else chain(*parts)
+    room = 4 if bars.stacked else 64  # for the number behind a bar
+    scale = (WIDTH - 4 - room) / (max(ends, default=0.0) or 1.0)
+    yield f'<text class="label" x="2" y="11">{escape(bars.y_label)}</text>'
+    top = float(TOP)
+    for number, name in enumerate(bars.names):
+        yield f'<text class="name" x="2" y="{top + ROW - 5}">{escape(name)}</text>'
+        top, across = top + ROW, 2.0
+        for series, of_series in zip(bars.series, parts, strict=True):
+            value, length = series.values[number], of_series[number] * scale
+            error = f" ± {series.errors[number]:.3g}" if series.errors is not None else ""
+            said = f"{name}, {series.name}: {value:.4g}{error} {bars.y_label}"
+            box = f'x="{across:.1f}" y="{top}" width="{length:.1f}" height="{BAR}"'
+            yield f'<g {coloured(series.colour, series.tint)}><rect class="bar" {box}><title>{escape(said)}</title></rect>'
+            if series.errors is not None:
+                ends = [across + length + sign * series.errors[number] * scale for sign in (-1, 1)]
+                yield f'<path class="error" d="M{ends[0]:.1f},{top + BAR / 2}H{ends[1]:.1f}"/>'
+            yield "</g>"
+            if bars.stacked:
+                across += length
+            else:
+                past = length + (series.errors[number] * scale if series.errors is not None else 0)
+                number_at = f'x="{across + past + 5:.1f}" y="{top + BAR - 1}"'
+                yield f"<text {number_at}>{'–' if math.isnan(value) else written(value)}</text>"
+                top += BAR + 2
+        top += (BAR + 2 if bars.stacked else 0) + 4
+
+
+__all__ = ["HEIGHT", "WIDTH", "coloured", "drawing"]

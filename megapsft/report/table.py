@@ -1,24 +1,23 @@
-"""A run in a table: one row a phase."""
+"""Tables: of the phases of a run, and how any is printed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
+import rich.table
 from rich import box
-from rich.table import Table
 
 from megapsft.errors import Refused
 from megapsft.metrics.records import read_records
+from megapsft.metrics.shown import Table
 from megapsft.report.phases import Phase, phases
 
 
-def phase_table(path: str | Path) -> Table:
-    """First and last loss, nll and entropy of each phase, how much was clipped and how many updates were skipped.
-
-    Args:
-        path: metrics.jsonl of a run.
+def phase_table(path: str | Path) -> rich.table.Table:
+    """`phases_of` the metrics.jsonl of a run, for the terminal.
 
     Raises:
         Refused: no such file, or no records in it.
@@ -26,23 +25,35 @@ def phase_table(path: str | Path) -> Table:
     records = read_records(path)
     if not records:
         raise Refused(str(path), "has no records", "wait for the first update of the run")
-    table = Table(title=str(path), box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("phase", no_wrap=True)
-    for heading in ("updates", "loss", "nll", "entropy", "clipped"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    return to_rich(phases_of(records), title=str(path))
+
+
+def phases_of(records: Sequence[dict[str, Any]]) -> Table:
+    """First and last loss, nll and entropy of each phase, how much was clipped and how many updates were skipped."""
+    rows = []
     skipped_before = 0.0  # the record counts skipped updates from the start of the run
     for phase in phases(records):
         skipped = max(phase.values("train/skipped_updates"), default=skipped_before)
-        table.add_row(
+        rows.append((
             phase.title,
             str(len(phase.records)) + (f" ({skipped - skipped_before:.0f} skipped)" if skipped > skipped_before else ""),
             first_last(phase, "train/loss"),
             first_last(phase, "objective/nll"),
             first_last(phase, "policy/entropy"),
             over(fmean, phase, "objective/clip_fraction"),
-        )
+        ))  # fmt: skip
         skipped_before = skipped
-    return table
+    return Table("phases", ("phase", "updates", "loss", "nll", "entropy", "clipped"), rows)
+
+
+def to_rich(table: Table, title: str | None = None, caption: str | None = None) -> rich.table.Table:
+    """For the terminal: numbers to the right, and never cut."""
+    found = rich.table.Table(title=title, caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for number, name in enumerate(table.heading):
+        found.add_column(name, justify="left" if number < table.texts else "right", no_wrap=True)
+    for row in table.rows:
+        found.add_row(*row)
+    return found
 
 
 def first_last(phase: Phase, key: str) -> str:
@@ -53,3 +64,11 @@ def first_last(phase: Phase, key: str) -> str:
 def over(reduce: Callable[[list[float]], float], phase: Phase, key: str) -> str:
     values = phase.values(key)
     return f"{reduce(values):.3f}" if values else "–"
+
+
+def percent(row: Mapping[str, Any], key: str) -> str:
+    """A share, and its standard error under `<key>_se` where that is known."""
+    if row.get(key) is None:
+        return "–"
+    error = row.get(f"{key}_se")
+    return f"{100 * row[key]:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")

@@ -31,13 +31,13 @@ from megapsft.objectives.registry import build_objective
 from megapsft.policy.build import Policy, build_chunks, half, transformer_config
 from megapsft.policy.lora import with_adapters
 from megapsft.policy.merge import merge
+from megapsft.train.build import build_policy, policy_of
 from megapsft.train.noise import Bench, Floor, Row
 from megapsft.train.noise_limit import limit_of
 from megapsft.train.phases import has_old_policy
 from megapsft.train.plan import RunPlan
 from megapsft.train.precision import Precision, compare, name_of, outputs_of
 from megapsft.train.prepare import with_advantages
-from megapsft.train.run import build_policy, policy_of
 from megapsft.types import Group, Minibatch
 
 FP8, DTYPE = "fp8.format", "model.dtype"

@@ -13,7 +13,7 @@ from megapsft.config import load_config
 from megapsft.parallel import initialize, shutdown
 from megapsft.train.loop import train
 from megapsft.train.plan import plan_run
-from megapsft.train.run import start
+from megapsft.train.start import start
 from tests.invariants.splits import Split, split
 from tests.ranks import run_ranks
 

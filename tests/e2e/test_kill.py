@@ -52,7 +52,7 @@ def start(model: Path, data: Path, run: Path, split: list[str]) -> subprocess.Po
     options = [
         f"model.path={model}", f"data.path={data}", f"run.dir={run}", f"train.steps={STEPS}", f"train.sft_warmup_steps={WARMUP}",
         "train.sft_warmup_lr=1e-3", "train.batch_size=16", f"train.minibatch_size={16 // UPDATES}", "checkpoint.interval=2",
-        *split,
+        "log.tensorboard=false", *split,
     ]  # fmt: skip
     config = Path(__file__).parents[2] / "configs/psft/tiny-qwen3-gsm8k.yaml"
     command = [sys.executable, "-m", "megapsft.cli", "train", str(config), *options]

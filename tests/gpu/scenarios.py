@@ -41,7 +41,8 @@ from megapsft.train import plan  # noqa: E402
 from megapsft.train.fp8 import alignment  # noqa: E402
 from megapsft.train.plan import plan_run  # noqa: E402
 from megapsft.train.prepare import with_constants  # noqa: E402
-from megapsft.train.run import Run, start  # noqa: E402
+from megapsft.train.run import Run  # noqa: E402
+from megapsft.train.start import start  # noqa: E402
 from megapsft.train.update import update  # noqa: E402
 from megapsft.types import Minibatch, Sample  # noqa: E402
 

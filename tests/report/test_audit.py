@@ -122,7 +122,7 @@ def test_every_picture_of_the_page_has_a_title_units_and_words(faulty):
     for label in found.labels:
         assert re.search(r"token|position", label)
         assert re.search(r"\d", label)
-    assert any("data.max_length is 300" in label for label in found.labels)
+    assert any("data.max_length at 300" in label for label in found.labels)
 
 
 def test_warnings_on_the_page_lead_to_their_rows(faulty):
