@@ -14,6 +14,8 @@ import pytest  # noqa: E402
 from megapsft.checkpoint.random_init import WHOLE_HEADS, init_model  # noqa: E402
 from megapsft.data.arithmetic import generate, write_jsonl  # noqa: E402
 
+LONGEST = {"test_time_limit.py", "test_objectives.py", "test_docs.py", "test_kill.py", "test_sweep_report.py"}
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gsm8k", type=Path, help="JSONL with GSM8K's columns: train the shipped configs on its rows")
@@ -23,9 +25,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With --dist loadgroup one worker has all tests with SGLang's servers, which they share; the others go by file.
 
-    The one that mostly waits, for minutes, comes first.
+    Files that take minutes come first, so that none of them is what the other workers wait for at the end.
     """
-    items.sort(key=lambda item: item.path.name != "test_time_limit.py")
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     for item in items:
         together = "servers" if item.get_closest_marker("servers") else item.path.name
         item.add_marker(pytest.mark.xdist_group(together))
