@@ -133,10 +133,10 @@ def _open_journal(plan: RunPlan, done: Progressed, look: Look | None) -> Journal
 def revision() -> str:
     """Version, and the commit of the code where it runs from a checkout (with a mark where it was changed)."""
     here = Path(__file__).resolve().parent
+    # without locks: killed in the midst of it, git would leave one in the user's checkout
+    describe = ["git", "--no-optional-locks", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True, timeout=10
-        )
+        described = subprocess.run(describe, cwd=here, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return f"megapsft {__version__}"
     return f"megapsft {__version__} {described.stdout.strip()}".strip()
