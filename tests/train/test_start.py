@@ -21,5 +21,7 @@ def test_the_revision_is_read_without_a_lock_on_the_checkout(tmp_path, monkeypat
     commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     assert found.endswith(commit)  # not -dirty: nothing but a time has changed
     assert (tmp_path / ".git/index").read_bytes() == index
+    (tmp_path / "start.py").write_text("1\n")
+    assert start.revision().endswith(f"{commit}-dirty")
     shutil.rmtree(tmp_path / ".git")
     assert start.revision().startswith("megapsft ")
