@@ -302,7 +302,7 @@ def notes(
     if config.data.limit is not None:
         yield f"Rows behind data.limit={config.data.limit} were not read."
     if count > MOST_NEAR:
-        yield f"Near duplicates were looked for among the first {MOST_NEAR:,} different rows."
+        yield f"Near duplicates were looked for among the first {MOST_NEAR:,} rows."
     if plan is not None and plan.updates < plan.of_updates:
         yield f"Packing is that of {plan.updates} updates, evenly spaced over the {plan.of_updates:,} of an epoch."
     if plan is None and config.data.kind == "prompts":

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import IO, Any, Protocol
 
@@ -116,7 +116,8 @@ class Run:
         limit = limit_of(self.plan.config, self.plan.phases[-1].objective)
         if limit is None or self.done.noise_clipped is not None:
             return
-        evidence = gather_evidence(self.policy, self.plan, groups[: self.plan.minibatch_size], limit)
+        with self._uncounted():
+            evidence = gather_evidence(self.policy, self.plan, groups[: self.plan.minibatch_size], limit)
         if evidence is None:
             return
         self.done.noise_clipped = evidence.floor.clipped
@@ -126,7 +127,6 @@ class Run:
             self.close()
             evidence.refuse()
         self.journal.say(f"Noise: {evidence}; train.max_noise_clipped={limit:g} allows that.")
-        self.clock = time.perf_counter()  # the first update does not count it
 
     def pack(self, groups: list[Group], objective: Objective) -> TrainBatch:
         """This rank's part of the step, cut into the minibatches of its updates."""
@@ -224,12 +224,11 @@ class Run:
         if self.stopped or not self._evaluation_due(done):
             return
         self.heart.rest()
-        with part("evaluate"):
+        with self._uncounted(), part("evaluate"):
             metrics = self.evaluation(self)
         self.journal.evaluation({"update": self.done.update, "step": done} | metrics)
         found = (f"{key.removeprefix('evaluate/')} {value:.4g}" for key, value in metrics.items())
         self.journal.say(f"step {done}: {', '.join(found)}")
-        self.clock = time.perf_counter()  # the next update does not count it
 
     def save_if_due(self, step: int, phase: Phase) -> None:
         """A checkpoint every `checkpoint.interval` steps, at the end of a phase, and at the end of the run, stopped or not."""
@@ -273,18 +272,21 @@ class Run:
             self.stop.settle(self.done.step, self.stopped)
 
     def _show(self) -> None:
-        """In the time of no step."""
-        began = time.perf_counter()
-        self.journal.show(run_folder(self.plan.config), self.done.update)
-        self.clock += time.perf_counter() - began
+        with self._uncounted():
+            self.journal.show(run_folder(self.plan.config), self.done.update)
 
     def _write_profile(self) -> None:
-        """In the time of no step."""
         self.heart.rest()
-        began = time.perf_counter()
-        self.profile.finish()
+        with self._uncounted():
+            self.profile.finish()
         if self.plan.config.profile.tool == "torch":
             self.journal.say(f"traces are in {run_folder(self.plan.config) / 'profile'}")
+
+    @contextmanager
+    def _uncounted(self) -> Iterator[None]:
+        """The body is in the time of no update: what went by before it still is."""
+        began = time.perf_counter()
+        yield
         self.clock += time.perf_counter() - began
 
     def _speed(self, metrics: Mapping[str, float]) -> dict[str, float]:

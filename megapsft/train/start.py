@@ -136,14 +136,19 @@ def _open_journal(plan: RunPlan, done: Progressed, look: Look | None) -> Journal
 
 def revision() -> str:
     """Version, and the commit of the code where it runs from a checkout (with a mark where it was changed)."""
-    here = Path(__file__).resolve().parent
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True, timeout=10
-        )
+        commit = _git("describe", "--always", "--abbrev=40")
+        changed = commit and _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.TimeoutExpired):
         return f"megapsft {__version__}"
-    return f"megapsft {__version__} {described.stdout.strip()}".strip()
+    return f"megapsft {__version__} {commit}".strip() + ("-dirty" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    """Of the checkout that this file is in. Without locks: a run that is killed meanwhile would leave one there."""
+    command = ["git", "--no-optional-locks", *arguments]
+    here = Path(__file__).resolve().parent
+    return subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10).stdout.strip()
 
 
 __all__ = ["revision", "start"]

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megapsft.config import load_config
@@ -110,6 +111,7 @@ def _train(options: list[str]) -> None:
     plan = plan_run(config, int(os.environ["WORLD_SIZE"]))
     initialize(plan.mesh, config.parallel, config.train.seed)
     train(start(plan))
+    assert not psutil.Process().children(recursive=True), "what writes a checkpoint ends with it"
     shutdown()
 
 

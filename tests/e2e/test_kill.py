@@ -30,7 +30,7 @@ def test_sigkill_and_start_again(family, split, tiny_models, tiny_data, tmp_path
     metrics = tmp_path / "killed" / "metrics.jsonl"
     wait_for(lambda: count(metrics) >= 6 * UPDATES and (tmp_path / "killed/checkpoints/latest").exists(), killed)
     family_of_processes = descendants(killed.pid)
-    assert len(family_of_processes) >= 4  # two ranks, each with a process that helps it to save
+    assert len(family_of_processes) >= 2  # two ranks, and what may be writing a checkpoint at this moment
     killed.kill()  # SIGKILL for the launcher alone: its ranks go with it, and theirs with them
     killed.wait()
     wait_until_gone(family_of_processes)

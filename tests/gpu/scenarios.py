@@ -195,7 +195,8 @@ def _gradient(policy: Policy, minibatch: Minibatch) -> Tensor:
 @torch.no_grad()
 def _of_transformers(folder: str, samples: list[Sample], dtype: torch.dtype) -> Tensor:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
+    kind = getattr(transformers, read_config(folder).architecture)  # also of models that see images
+    model = kind.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
     model = model.to(device, dtype).eval()
     parts = []
     for sample in samples:
