@@ -25,7 +25,7 @@ def test_signalled_and_requeued(tiny_models, tiny_data, tmp_path):
     first = start(model, tiny_data, run, [*SPLIT, *TRACKED])
     wait_for(lambda: count(run / "metrics.jsonl") >= 3 * UPDATES, first)
     processes = descendants(first.pid)
-    assert len(processes) >= 5  # two ranks, each with a process that helps it to save, and that of wandb
+    assert len(processes) >= 3  # two ranks and what wandb started
     for process in (*processes, first.pid):
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGUSR1)

@@ -31,7 +31,8 @@ def whole(pipeline, tmp_path_factory) -> tuple[Path, str]:
     """The config of PSFT then GRPO, run without a disturbance, and what that printed."""
     path = pipeline(tmp_path_factory.mktemp("whole"), "psft", "grpo")
     tree = yaml.safe_load(path.read_text())
-    tree["stages"][0]["set"]["log"]["tensorboard"] = True
+    first = tree["stages"][0]["set"]
+    first["log"] = first["log"] | {"tensorboard": True}  # not the mapping that the stages share
     path.write_text(yaml.safe_dump(tree))
     done = megapsft("pipeline", str(path))
     assert done.returncode == 0, done.stderr

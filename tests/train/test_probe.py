@@ -60,7 +60,7 @@ def test_replay_lowers_the_floor_against_an_old_pass_in_float32(one_rank):
     floor, with_replay = one_rank.floor(free), one_rank.floor(replayed)
     assert floor.mean > 2 * with_replay.mean > 0
     assert floor.quantiles[0.99] > 4 * with_replay.quantiles[0.99]
-    assert floor.clipped > 0.005 > with_replay.clipped
+    assert floor.clipped > 0.002 > with_replay.clipped  # 0.004 or 0.006, as the processor rounds
     assert 0.005 < free.flipped < 0.5
     assert replayed.flipped == 0
     assert floor.differ > 0.9
