@@ -9,6 +9,7 @@ from megapsft.report.section import Section
 from megapsft.report.sections import (
     benchmarks,
     configs,
+    noise,
     overview,
     pipelines,
     preferences,
@@ -26,6 +27,7 @@ SECTIONS: tuple[Callable[[Shown], Section | None], ...] = (  # in the order of t
     benchmarks.section,
     preferences.section,
     rewards.section,
+    noise.section,
     speed.section,
     remaining.section,
     sweeps.section,
