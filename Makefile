@@ -94,7 +94,7 @@ browser:
 .PHONY: test
 test: venv sglang nemo-run slurm browser
 	$(PY) -m ruff check .
-	$(PY) -m pytest -n 2 --dist loadfile -m "not servers and not slurm"
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not servers and not slurm"
 	$(ON_CLUSTER) --clusters 3 $(PY) -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m "servers or slurm"
 
 ## test-py312  the suite without servers and cluster on Python 3.12, with each newer Megatron-Core: hours; goes on where it was ended

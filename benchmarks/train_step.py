@@ -56,7 +56,8 @@ from megapsft.platform.launch import become_world_of_one
 from megapsft.train.phases import Phase
 from megapsft.train.plan import RunPlan, plan_run
 from megapsft.train.prepare import with_constants
-from megapsft.train.run import Run, start
+from megapsft.train.run import Run
+from megapsft.train.start import start
 from megapsft.train.update import Report, update
 from megapsft.types import Sample
 

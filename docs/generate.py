@@ -82,8 +82,8 @@ MEANINGS = {  # of keys whose line in the source has no comment
     "checkpoint.best_metric": "metric of a step that `keep_best` goes by; lower is better",
     "checkpoint.async_save": "write in the background while training goes on",
     "checkpoint.load_optimizer": "on continuing, also the optimizer's state",
-    "log.tensorboard": "event files in `run.dir`/tensorboard",
-    "log.wandb": "Weights & Biases; nothing leaves the machine unless online",
+    "log.tensorboard": "event files in `run.dir`/tensorboard: scalars; pictures and tables with every checkpoint and at the end",
+    "log.wandb": "Weights & Biases, the same; nothing leaves the machine unless online",
     "log.wandb_project": "its project",
     "log.progress": "a bar on the terminal",
 }

@@ -247,6 +247,8 @@ class LogConfig:
     wandb_project: str = "megapsft"
     progress: bool = True
     rollouts: NonNegativeInt = 0  # every so many steps all rollouts of the step go to RUN/rollouts/step-*.jsonl; 0: never
+    tokens: NonNegativeInt = 0  # every so many steps samples go to RUN/tokens, token by token, and counts of all; 0: never
+    tokens_rows: PositiveInt = 4  # of each update of such a step: samples
     peak_flops: PositiveFloat | None = None  # FLOP/s of a device in bfloat16, for perf/mfu; None: of the GPUs that are known
 
 

@@ -23,12 +23,12 @@ from megapsft.checkpoint.hf_folder import INDEX, SINGLE, open_checkpoint
 from megapsft.checkpoint.hf_save import save_hf
 from megapsft.config import ParallelConfig, load_config
 from megapsft.data.arithmetic import preferences, read_problems, rollouts, write_jsonl
-from megapsft.errors import Refused
+from megapsft.errors import Refused, TrainingStopped
 from megapsft.parallel import initialize, plan_mesh, shutdown
 from megapsft.policy.build import model_shape
 from megapsft.train.loop import train
 from megapsft.train.plan import plan_run
-from megapsft.train.run import TrainingStopped, start
+from megapsft.train.start import start
 from tests.command import megapsft
 from tests.ranks import run_ranks
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 import megapsft
-from megapsft.cluster.hardware import GPUS
 from megapsft.cluster.preflight.packages import source_digest
+from megapsft.platform.chips import bf16_peak
 
 PACKAGES = ("megatron-core", "transformer-engine", "transformers", "triton", "numpy")
 
@@ -40,7 +40,7 @@ def machine(device: str) -> dict[str, Any]:
             "capability": [properties.major, properties.minor],
             "memory_bytes": properties.total_memory,
             "driver": _driver(),
-            "peak_bf16_flops": next((gpu.bf16 for name, gpu in GPUS.items() if name in properties.name.lower()), None),
+            "peak_bf16_flops": bf16_peak(properties.name),
         }
     return found
 

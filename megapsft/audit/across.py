@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from megapsft.audit.rows import AuditedRow
-from megapsft.audit.rules import Rule, last_turn, responses, words
+from megapsft.audit.rule import Rule, rules_of
+from megapsft.audit.rules import last_turn, responses, words
 from megapsft.audit.shingles import Contained, near_pairs
 from megapsft.data.chat_template import ChatTemplate
 from megapsft.rewards.answer import final_answer
@@ -56,16 +57,7 @@ class Together:
 
 FindAcross = Callable[[Together], Iterator[tuple[int, str]]]
 RULES_ACROSS: dict[Rule, FindAcross] = {}
-
-
-def rule_across(name: str, meaning: str, remedy: str) -> Callable[[FindAcross], FindAcross]:
-    """Makes a function one of RULES_ACROSS."""
-
-    def add(find: FindAcross) -> FindAcross:
-        RULES_ACROSS[Rule(name=name, meaning=meaning, remedy=remedy)] = find
-        return find
-
-    return add
+rule_across = rules_of(RULES_ACROSS)
 
 
 def summarise(row: AuditedRow, template: ChatTemplate) -> Summary:

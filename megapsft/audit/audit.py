@@ -15,7 +15,8 @@ from megapsft.audit.across import MOST_NEAR, RULES_ACROSS, Problem, Summary, Tog
 from megapsft.audit.lengths import Histogram, Packing, histogram, packing
 from megapsft.audit.roles import ROLES
 from megapsft.audit.rows import DROPS, AuditedRow, AuditedSample, audit_rows, read_records
-from megapsft.audit.rules import ROW_RULES, Context, Rule
+from megapsft.audit.rule import Rule
+from megapsft.audit.rules import ROW_RULES, Context
 from megapsft.audit.spans import Span, spans
 from megapsft.config import Config
 from megapsft.data.chat_template import ChatTemplate
@@ -301,7 +302,7 @@ def notes(
     if config.data.limit is not None:
         yield f"Rows behind data.limit={config.data.limit} were not read."
     if count > MOST_NEAR:
-        yield f"Near duplicates were looked for among the first {MOST_NEAR:,} different rows."
+        yield f"Near duplicates were looked for among the first {MOST_NEAR:,} rows."
     if plan is not None and plan.updates < plan.of_updates:
         yield f"Packing is that of {plan.updates} updates, evenly spaced over the {plan.of_updates:,} of an epoch."
     if plan is None and config.data.kind == "prompts":

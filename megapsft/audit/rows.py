@@ -237,10 +237,20 @@ def _prompts(parsed: list[Parsed], config: DataConfig, template: ChatTemplate) -
         elif isinstance(text, str):
             of_text = None if ends is None else ends[place]
             roles = roles_of_prompt(text, row.prompt, config.system_prompt, of_text, len(ids[place]))
-            yield Encoded(ids[place], roles)
+            yield Encoded(ids[place], roles, _not_text(ids[place], text, row.source, template))
             place += 1
         elif row.prompt is not None:
-            yield Encoded(row.prompt, np.full(len(row.prompt), ROLE["prompt"], np.int8))
+            roles = np.full(len(row.prompt), ROLE["prompt"], np.int8)
+            yield Encoded(row.prompt, roles, _not_text(row.prompt, "", row.source, template))
+
+
+def _not_text(ids: list[int], text: str, source: str, template: ChatTemplate) -> str | None:
+    """Why the loader refuses a prompt with an image in it."""
+    try:
+        template.check_text(ids, source, text)
+    except Refused as refusal:
+        return str(refusal)
+    return None
 
 
 def _responses(parsed: list[Parsed], template: ChatTemplate) -> Iterator[Encoded]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from megapsft.audit.roles import ROLE
 from megapsft.audit.rows import AuditedRow, AuditedSample
+from megapsft.audit.rule import Rule, rules_of
 from megapsft.data.chat_template import ChatTemplate
 from megapsft.rewards.answer import final_answer
 
@@ -47,26 +48,8 @@ class Context:
 
 
 Find = Callable[[AuditedRow, Context], Iterator[str]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    name: str
-    meaning: str
-    remedy: str
-
-
 ROW_RULES: dict[Rule, Find] = {}
-
-
-def rule(name: str, meaning: str, remedy: str) -> Callable[[Find], Find]:
-    """Makes a function one of ROW_RULES."""
-
-    def add(find: Find) -> Find:
-        ROW_RULES[Rule(name=name, meaning=meaning, remedy=remedy)] = find
-        return find
-
-    return add
+rule = rules_of(ROW_RULES)
 
 
 def trained(row: AuditedRow) -> Iterator[AuditedSample]:

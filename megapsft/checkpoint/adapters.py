@@ -20,10 +20,10 @@ from megapsft.checkpoint.hf_folder import check_checkpoint
 from megapsft.checkpoint.hf_save import READABLE, SOURCE
 from megapsft.checkpoint.unfinished import Unfinished
 from megapsft.checkpoint.weights import Weights, rows_of
-from megapsft.checkpoint.weights.beside import Chosen
 from megapsft.checkpoint.weights.cast import Cast
 from megapsft.checkpoint.weights.hf import read_json
 from megapsft.checkpoint.weights.lora import CONFIG, TENSORS, Adapter, Merged
+from megapsft.checkpoint.weights.part import Part
 from megapsft.checkpoint.weights.torch_dist import DistWeights
 from megapsft.config import LoRAConfig
 from megapsft.errors import Refused
@@ -106,7 +106,7 @@ def base_of(checkpoint: Path, state: dict[str, Any], kept: Path, hf: HFConfig, b
         raise Refused(f"model folder {str(folder)!r}", rule, "export the run with --base, the folder where it is now")
     weights = check_checkpoint(folder, family_of(hf), hf).weights
     check_base(identity(weights), state[BASE], folder, checkpoint)
-    return Chosen(weights, [name for rule in family_of(hf).parameters(hf) for name in rule.sources])
+    return Part(weights, [name for rule in family_of(hf).parameters(hf) for name in rule.sources])
 
 
 def merges_adapters(state: dict[str, Any]) -> bool:

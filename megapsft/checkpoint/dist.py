@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megapsft.checkpoint.files.torch_dist import check_harmless, read_index
 from megapsft.checkpoint.optimizer_state import adam_step, load_state, round_again, sharded_state
+from megapsft.checkpoint.results import report_by_pipe
 from megapsft.checkpoint.state import STATE, check_architecture, read_state, shape_of
 from megapsft.checkpoint.together import from_first
 from megapsft.checkpoint.weights.live import lora_of
@@ -57,6 +58,7 @@ class Checkpoints:
     def __init__(self, folder: Path, config: CheckpointConfig, pinned: frozenset[int] = frozenset()):
         self.folder, self.config, self.pinned = folder, config, pinned
         self.pending = AsyncCallsQueue()
+        report_by_pipe()
 
     def save(self, step: int, state: dict[str, Any], models: Mapping[str, Trained], score: float | None = None) -> None:
         """Collective. Start writing the state after `step` steps; returns before it is on disk where `async_save`.

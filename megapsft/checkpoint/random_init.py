@@ -10,6 +10,7 @@ import torch
 
 from megapsft.checkpoint.hf_folder import SINGLE, read_config
 from megapsft.checkpoint.hf_save import READABLE, write_config
+from megapsft.checkpoint.random_model import RandomModel
 from megapsft.checkpoint.unfinished import check_free
 from megapsft.data.rows import read_texts
 from megapsft.errors import Refused
@@ -34,62 +35,50 @@ def init_model(
     family: Literal["qwen3", "qwen3_moe", "qwen2", "llama", "qwen2_5_vl"],
     data_path: str | Path,
     out_dir: str | Path,
-    vocab_size: int = 512,
-    hidden_size: int = 96,
-    num_layers: int = 4,
-    num_attention_heads: int = 4,
-    num_key_value_heads: int = 2,
-    head_dim: int = 24,
-    intermediate_size: int = 256,
-    num_experts: int = 8,
-    num_experts_per_tok: int = 2,
-    moe_intermediate_size: int = 64,
-    tie_word_embeddings: bool = False,
-    max_position_embeddings: int = 4096,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-    seed: int = 1234,
+    **options: Any,
 ) -> Path:
     """Write a Hugging Face model folder, with a tokenizer and its ChatML template, and give its path.
 
     The tokenizer is a byte-level BPE, digits one by one, trained on every text of `data_path`. The model's
     vocabulary is exactly the tokenizer's: at most `vocab_size` tokens, fewer where the texts do not give as many, not padded.
-    The experts' numbers only count for qwen3_moe. The vision tower of qwen2_5_vl is the smallest of its kind, whatever the sizes.
+    The vision tower of qwen2_5_vl is the smallest of its kind, whatever the sizes. The same arguments give the same folder.
 
     Args:
         data_path: .jsonl or .parquet; all strings count, whatever their columns.
-        seed: of the weights; the same arguments give the same folder.
+        options: of RandomModel.
 
     Raises:
         Refused: unknown family, sizes that do not divide, a vocabulary without room for all bytes, `out_dir` not empty, or data
             that cannot be read.
     """
-    out = Path(out_dir)
+    out, like = Path(out_dir), RandomModel(**options)
     if family not in FAMILIES:
         raise Refused(f"family={family!r}", "is not known", "use one of " + ", ".join(FAMILIES))
-    _divides("num_key_value_heads", num_key_value_heads, "num_attention_heads", num_attention_heads)
-    if head_dim % 2:
-        raise Refused(f"head_dim={head_dim}", "must be even: rotary positions turn pairs", f"use head_dim={head_dim + 1}")
-    if family in WHOLE_HEADS and num_attention_heads * head_dim != hidden_size:
-        rule = f"must be num_attention_heads={num_attention_heads} x head_dim={head_dim} for {family}"
-        raise Refused(f"hidden_size={hidden_size}", rule, f"use hidden_size={num_attention_heads * head_dim}")
-    if family == "qwen3_moe" and not 1 <= num_experts_per_tok <= num_experts:
-        rule = f"must be between 1 and num_experts={num_experts}"
-        raise Refused(f"num_experts_per_tok={num_experts_per_tok}", rule, "use fewer, or more experts")
+    _divides("num_key_value_heads", like.num_key_value_heads, "num_attention_heads", like.num_attention_heads)
+    if like.head_dim % 2:
+        rule = "must be even: rotary positions turn pairs"
+        raise Refused(f"head_dim={like.head_dim}", rule, f"use head_dim={like.head_dim + 1}")
+    if family in WHOLE_HEADS and like.num_attention_heads * like.head_dim != like.hidden_size:
+        rule = f"must be num_attention_heads={like.num_attention_heads} x head_dim={like.head_dim} for {family}"
+        raise Refused(f"hidden_size={like.hidden_size}", rule, f"use hidden_size={like.num_attention_heads * like.head_dim}")
+    if family == "qwen3_moe" and not 1 <= like.num_experts_per_tok <= like.num_experts:
+        rule = f"must be between 1 and num_experts={like.num_experts}"
+        raise Refused(f"num_experts_per_tok={like.num_experts_per_tok}", rule, "use fewer, or more experts")
     check_free(out)
 
     images = IMAGES if family == "qwen2_5_vl" else {}
-    tokenizer = train_tokenizer(read_texts(data_path), vocab_size, tuple(images.values()))
-    tokenizer.model_max_length = max_position_embeddings
+    tokenizer = train_tokenizer(read_texts(data_path), like.vocab_size, tuple(images.values()))
+    tokenizer.model_max_length = like.max_position_embeddings
     sizes: dict[str, Any] = dict(
         vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_attention_heads,
-        num_key_value_heads=num_key_value_heads,
-        head_dim=head_dim,
-        intermediate_size=intermediate_size,
-        tie_word_embeddings=tie_word_embeddings,
-        max_position_embeddings=max_position_embeddings,
+        hidden_size=like.hidden_size,
+        num_hidden_layers=like.num_layers,
+        num_attention_heads=like.num_attention_heads,
+        num_key_value_heads=like.num_key_value_heads,
+        head_dim=like.head_dim,
+        intermediate_size=like.intermediate_size,
+        tie_word_embeddings=like.tie_word_embeddings,
+        max_position_embeddings=like.max_position_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         rms_norm_eps=1e-6,
         initializer_range=0.02,
@@ -99,14 +88,14 @@ def init_model(
     )
     if family == "qwen3_moe":
         sizes |= dict(
-            num_experts=num_experts,
-            num_experts_per_tok=num_experts_per_tok,
-            moe_intermediate_size=moe_intermediate_size,
-            norm_topk_prob=num_experts_per_tok > 1,
+            num_experts=like.num_experts,
+            num_experts_per_tok=like.num_experts_per_tok,
+            moe_intermediate_size=like.moe_intermediate_size,
+            norm_topk_prob=like.num_experts_per_tok > 1,
         )
     if family == "qwen2_5_vl":
         sizes = _with_vision(sizes, {key: tokenizer.convert_tokens_to_ids(token) for key, token in images.items()})
-    model = _random_model(family, sizes, seed).to(getattr(torch, dtype))
+    model = _random_model(family, sizes, like.seed).to(getattr(torch, like.dtype))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(out)
@@ -114,7 +103,7 @@ def init_model(
     tokenizer.save_pretrained(out)
     hf = read_config(out)
     family_of(hf).check(hf)
-    write_config(hf, getattr(torch, dtype), out)
+    write_config(hf, getattr(torch, like.dtype), out)
     return out
 
 

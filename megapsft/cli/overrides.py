@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 OVERRIDES: list[str] = []  # those of the command that runs
-TAKING = ("--vary",)  # options whose value looks like one
+TAKING = ("--vary", "--tuned", "--reference")  # options whose value may look like one
 
 
 def take_overrides(arguments: list[str]) -> list[str]:

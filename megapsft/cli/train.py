@@ -86,12 +86,16 @@ def _train_here(plan: RunPlan, evaluation: Evaluation | None, asked: HeldSignal)
     """As one rank of the world that the environment describes."""
     from megapsft import parallel
     from megapsft.platform.compat import hush
+    from megapsft.report.picture import has_matplotlib
+    from megapsft.report.tracked import tracked
     from megapsft.train.loop import train as loop
-    from megapsft.train.run import start
+    from megapsft.train.start import start
 
     hush()
     parallel.initialize(plan.mesh, plan.config.parallel, plan.config.train.seed)
-    run = start(plan, evaluation, asked.came)
+    run = start(plan, evaluation, asked.came, tracked)
+    if run.journal.tracked and not has_matplotlib():
+        run.journal.say("Trackers get no pictures: matplotlib is not installed. pip install 'megapsft[report]' draws them.")
     began = run.done.step
     try:
         loop(run)

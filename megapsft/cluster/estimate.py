@@ -18,7 +18,8 @@ from megapsft.models.flops import model_flops
 from megapsft.models.hf_config import HFConfig
 from megapsft.parallel import Mesh, plan_mesh, with_overlap
 from megapsft.policy.build import DTYPES, model_shape
-from megapsft.train.phases import Phase, phases
+from megapsft.train.fp8 import check_fp8
+from megapsft.train.phases import Phase, phases, reference_needs
 from megapsft.train.plan import check_adapters, check_minibatch
 
 
@@ -116,8 +117,8 @@ def estimate(
 
     Raises:
         Refused: a split that does not fit the model or the number of GPUs, or leaves ranks without a sample; a minibatch that
-            does not divide the batch; FP8 on a GPU that has none; samples longer than the model's positions; what the
-            objective refuses.
+            does not divide the batch; samples longer than the model's positions; what the objective refuses; what a run with
+            adapters or FP8 would be refused for on such GPUs.
     """
     check_minibatch(config.train)
     if config.data.max_length > hf.max_position_embeddings:
@@ -128,6 +129,7 @@ def estimate(
     mesh = plan_mesh(config.parallel, machines.world_size, model_shape(hf), on_cuda=True, dispatcher=dispatcher)
     phase = phase or phases(config)[-1]
     check_adapters(config, mesh, hf, phase.objective)
+    check_fp8(config, hf, mesh, machines.of_rank, compares=bool(reference_needs(phase.objective)))
     work = workload(config, mesh, phase)
     execution = execution or Execution(fp8=config.fp8.format is not None)
     time, sent = _Step(config, hf, machines, mesh, work, execution).take()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from megapsft.errors import Refused
 from megapsft.platform.chips import GPU, GPUS
+from megapsft.platform.machine import Machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,11 @@ class Machines:
     @property
     def world_size(self) -> int:
         return self.nodes * self.gpus_per_node
+
+    @property
+    def of_rank(self) -> Machine:
+        """What a rank finds there, with software that is new enough for all that its GPU has."""
+        return Machine(capability=self.gpu.capability, cuda=(13, 0), transformer_engine=(2, 19))
 
 
 def gpu_named(name: str) -> GPU:

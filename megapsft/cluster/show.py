@@ -143,6 +143,9 @@ def assumptions(found: Estimate) -> list[str]:
         f"{RUNTIME / GIB:.0f} GiB of CUDA, NCCL and workspaces; {1 - USABLE:.0%} of {gpu.memory / GIB:.0f} GiB lost to fragments",
         f"hardware: {gpu.source}",
     ]
+    if found.config.fp8.format is not None:
+        saved = ", nor what fp8.param_gather saves of either" if found.config.fp8.param_gather else ""
+        lines.append(f"memory and traffic are those of bfloat16: the copies of weights in FP8 are not counted{saved}")
     if found.mesh.ep > 1:
         load = table.imbalance(found.hf.num_experts, found.mesh.ep, table.Execution())
         lines.append(f"the fullest rank of experts has {load:.2f} times the mean of tokens, and nothing hides their exchange")

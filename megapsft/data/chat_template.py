@@ -51,19 +51,7 @@ class ChatTemplate:
         Raises:
             Refused: no folder, no tokenizer in it, or one that `ChatTemplate` refuses.
         """
-        from transformers import AutoTokenizer
-
-        at = f"model.path={str(model_dir)!r}"
-        remedy = "name a folder with tokenizer.json and tokenizer_config.json"
-        if not Path(model_dir).is_dir():  # asked first, because anything else would be taken for a name on the hub
-            raise Refused(at, "is not a folder", remedy)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # parsers of many formats, which raise what they like
-            raise Refused(at, f"has no readable tokenizer ({brief(error)})", remedy) from None
-        if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # config.json alone loads as a tokenizer without words
-            raise Refused(at, "has no tokenizer vocabulary", remedy)
-        return cls(tokenizer, eos_token_ids(Path(model_dir)), media_token_ids(Path(model_dir)))
+        return cls(load_tokenizer(model_dir), eos_token_ids(Path(model_dir)), media_token_ids(Path(model_dir)))
 
     @property
     def pad_token_id(self) -> int:
@@ -207,6 +195,27 @@ class ChatTemplate:
             rule = "must end an assistant turn with a special token, directly after its words"
             raise Refused(f"chat template that goes on with {after[:40]!r}", rule, "use a model whose template does, or mend it")
         return first[0]
+
+
+def load_tokenizer(model_dir: str | Path) -> Any:
+    """The `transformers` tokenizer of a Hugging Face model folder; nothing is downloaded and no code of the folder runs.
+
+    Raises:
+        Refused: no folder, or no tokenizer in it.
+    """
+    from transformers import AutoTokenizer
+
+    at = f"model.path={str(model_dir)!r}"
+    remedy = "name a folder with tokenizer.json and tokenizer_config.json"
+    if not Path(model_dir).is_dir():  # asked first, because anything else would be taken for a name on the hub
+        raise Refused(at, "is not a folder", remedy)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # parsers of many formats, which raise what they like
+        raise Refused(at, f"has no readable tokenizer ({brief(error)})", remedy) from None
+    if len(tokenizer) <= len(tokenizer.added_tokens_decoder):  # config.json alone loads as a tokenizer without words
+        raise Refused(at, "has no tokenizer vocabulary", remedy)
+    return tokenizer
 
 
 def eos_token_ids(model_dir: Path) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megapsft.models.attention import SDPAttention
 from megapsft.models.router import Router
+from megapsft.platform.compat import save_experts_without_states
 
 
 class Norm:
@@ -45,6 +46,7 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> Module
         )
         if config.num_moe_experts is not None:
             _use_our_router(spec)
+            save_experts_without_states()
         return spec
     layers = [_local_layer(config)] * get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)

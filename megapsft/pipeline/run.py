@@ -8,18 +8,24 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from megapsft.checkpoint.export import export_run
+from megapsft.config import Config
 from megapsft.errors import Refused
 from megapsft.evaluate.engine import weights_digest
+from megapsft.metrics.records import read_records
+from megapsft.metrics.shown import Picture
 from megapsft.pipeline.config import START
 from megapsft.pipeline.measure import ROW, measure
 from megapsft.pipeline.plan import PipelinePlan, Stage, plan_stage
 from megapsft.platform.launch import LAUNCHED
-from megapsft.report.hand_off import show_hand_off, write_hand_off
-from megapsft.train.plan import to_yaml
+from megapsft.report.hand_off import NAME as HAND_OFF
+from megapsft.report.hand_off import hand_off_of, show_hand_off, write_hand_off
+from megapsft.train.plan import run_folder, to_yaml
 from megapsft.train.stop import STOPPED
+from megapsft.train.trackers import open_trackers
 
 STARTED_FROM = "started-from.json"  # in the folder of a stage
 GRACE_SECONDS = 60.0  # of a stage that was interrupted
@@ -58,9 +64,21 @@ def _compare(plan: PipelinePlan, stage: str, rows: list[dict[str, Any]]) -> list
     known = (plan.folder / stage / ROW).is_file()
     rows = rows + measure(plan, stage)
     write_hand_off(rows, plan.folder)
-    if not known and stage != plan.stages[-1].name:
-        show_hand_off(rows)
+    if not known:
+        for trained in plan.stages:
+            if trained.name == stage:
+                _track(trained.config, rows, plan.folder)
+        if stage != plan.stages[-1].name:
+            show_hand_off(rows)
     return rows
+
+
+def _track(config: Config, rows: list[dict[str, Any]], folder: Path) -> None:
+    """The table so far, and its picture, to the trackers of the stage's run, where it ended."""
+    update = read_records(run_folder(config) / "metrics.jsonl")[-1]["update"]
+    for tracker in open_trackers(config, update):
+        tracker.show([hand_off_of(rows), Picture(HAND_OFF, folder / f"{HAND_OFF}.png")], update)
+        tracker.close()
 
 
 def _check_start(stage: Stage) -> None:

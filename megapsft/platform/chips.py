@@ -14,6 +14,7 @@ GIB = 2**30
 class GPU:
     """Dense peaks, without sparsity; bandwidths in one direction."""
 
+    capability: tuple[int, int]  # compute capability
     memory: float  # bytes, as the driver reports them, or the least that is sold
     bf16: float  # FLOP a second
     fp8: float | None  # FLOP a second; None: it has none
@@ -27,22 +28,26 @@ class GPU:
 
 GPUS = {
     "a100": GPU(
-        memory=79 * GIB, bf16=312 * TFLOPS, fp8=None, hbm=2.039 * TB, nvlink=300 * GB, network=25 * GB, host=25 * GB,
+        capability=(8, 0), memory=79 * GIB, bf16=312 * TFLOPS, fp8=None,
+        hbm=2.039 * TB, nvlink=300 * GB, network=25 * GB, host=25 * GB,
         driver=("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB"),
         source="NVIDIA A100 datasheet, SXM 80 GB; DGX A100 datasheet: 8 x 200 Gb/s",
     ),
     "h100": GPU(
-        memory=79 * GIB, bf16=989 * TFLOPS, fp8=1979 * TFLOPS, hbm=3.35 * TB, nvlink=450 * GB, network=50 * GB, host=50 * GB,
+        capability=(9, 0), memory=79 * GIB, bf16=989 * TFLOPS, fp8=1979 * TFLOPS,
+        hbm=3.35 * TB, nvlink=450 * GB, network=50 * GB, host=50 * GB,
         driver=("NVIDIA H100 80GB HBM3",),
         source="NVIDIA H100 datasheet, SXM; DGX H100 datasheet: 8 x 400 Gb/s",
     ),
     "h200": GPU(
-        memory=139 * GIB, bf16=989 * TFLOPS, fp8=1979 * TFLOPS, hbm=4.8 * TB, nvlink=450 * GB, network=50 * GB, host=50 * GB,
+        capability=(9, 0), memory=139 * GIB, bf16=989 * TFLOPS, fp8=1979 * TFLOPS,
+        hbm=4.8 * TB, nvlink=450 * GB, network=50 * GB, host=50 * GB,
         driver=("NVIDIA H200",),
         source="NVIDIA H200 datasheet, SXM; DGX H200 datasheet: 8 x 400 Gb/s",
     ),
     "b200": GPU(
-        memory=167 * GIB, bf16=2250 * TFLOPS, fp8=4500 * TFLOPS, hbm=8 * TB, nvlink=900 * GB, network=50 * GB, host=50 * GB,
+        capability=(10, 0), memory=167 * GIB, bf16=2250 * TFLOPS, fp8=4500 * TFLOPS,
+        hbm=8 * TB, nvlink=900 * GB, network=50 * GB, host=50 * GB,
         driver=("NVIDIA B200",),
         source="NVIDIA DGX B200 datasheet, an eighth of it: 8 x 400 Gb/s",
     ),

@@ -31,6 +31,24 @@ def hush() -> None:
     warnings.filterwarnings("ignore", message="full scope is deprecated|.*CUDA_DEVICE_MAX_CONNECTIONS")
 
 
+def save_experts_without_states() -> None:
+    """Let Megatron before 0.19 take apart the state of experts' layers that have none.
+
+    Transformer Engine 2.18 and newer keep one of FP8's delayed recipe alone; Megatron looks for each expert's in it whatever the
+    recipe, and no checkpoint can be saved. Does nothing the second time.
+    """
+    from megatron.core.extensions.transformer_engine import TEGroupedLinear
+
+    split = TEGroupedLinear._split_extra_state
+    if split.__module__ == __name__:
+        return
+
+    def split_if_any(layer: Any, state: Any) -> list[Any]:
+        return split(layer, state) if state.numel() else [state] * layer.num_gemms
+
+    TEGroupedLinear._split_extra_state = split_if_any
+
+
 @contextmanager
 def transformer_engine_states() -> Iterator[None]:
     """Let Transformer Engine (2.17 and newer) unpickle states of its layers inside of the context: what holds nothing harmful."""

@@ -1,7 +1,8 @@
-"""How much memory a run takes of the rank that takes most."""
+"""How much memory a run takes of the rank that takes most, and how it is given back."""
 
 from __future__ import annotations
 
+import gc
 import resource
 import sys
 
@@ -28,3 +29,10 @@ def memory_of_fullest_rank(device: torch.device) -> int:
     found = torch.tensor(most_memory(), dtype=torch.int64, device=device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return int(found.item())
+
+
+def free_models() -> None:
+    """Give back the memory of models that were let go: Megatron's wrappers hold themselves in cycles."""
+    gc.collect()
+    if has_cuda():
+        torch.cuda.empty_cache()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megapsft.errors import Refused
+from megapsft.metrics.shown import Table
 from megapsft.report.figure import Chart, Line
 from megapsft.report.png import write_png
+from megapsft.report.table import percent
 
 Point = tuple[float, float, float]  # step, value, its standard error
 
@@ -33,4 +37,35 @@ def draw_evaluations(runs: Mapping[str, Sequence[Point]], quantity: str, out_png
     write_png([Chart(name="evaluations", title=title, x_label="steps", y_label=quantity, lines=lines)], out_png)
 
 
-__all__ = ["Point", "draw_evaluations"]
+def benchmarks_of(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
+    """Of each benchmark the average score over steps, of the records of evaluations.jsonl."""
+    found: dict[str, list[Point]] = {}
+    for record in records:
+        for name, own in _by_benchmark(record).items():
+            error = own["avg_se"]
+            found.setdefault(name, []).append((record["step"], own["avg"], math.nan if error is None else error))
+    return found
+
+
+def evaluations_of(records: Sequence[Mapping[str, Any]]) -> Table:
+    """A line for each benchmark of each record: percent with standard errors, tokens, the share that was cut."""
+    rows = []
+    for record in records:
+        for name, own in _by_benchmark(record).items():
+            passes = [f"{key} {percent(own, key)}" for key in own if key.startswith("pass@") and not key.endswith("_se")]
+            lengths = (f"{own['length']:.1f}", f"{own['unfinished']:.1%}")
+            rows.append((str(record["step"]), name, percent(own, "avg"), ", ".join(passes), *lengths))
+    return Table("evaluations", ("step", "benchmark", "avg@n", "pass@k", "length", "unfinished"), rows, texts=2)
+
+
+def _by_benchmark(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Its keys `evaluate/<benchmark>/<key>`, of each benchmark by themselves."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in record.items():
+        if key.startswith("evaluate/"):
+            _, name, own = key.split("/", 2)
+            found.setdefault(name, {})[own] = value
+    return found
+
+
+__all__ = ["Point", "benchmarks_of", "draw_evaluations", "evaluations_of"]

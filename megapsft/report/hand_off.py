@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.measure import Measurement
-from rich.table import Table
 
+from megapsft.metrics.shown import Table
 from megapsft.report.figure import Bars, Series
 from megapsft.report.png import write_png
+from megapsft.report.table import percent, to_rich
 
 NAME = "hand-off"
 
@@ -27,7 +27,7 @@ def write_hand_off(rows: Sequence[Row], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     json_file, markdown, picture = (folder / f"{NAME}.{kind}" for kind in ("json", "md", "png"))
     beside = folder / f".{NAME}.tmp"
-    for path, text in ((json_file, json.dumps(list(rows), indent=1) + "\n"), (markdown, to_markdown(rows))):
+    for path, text in ((json_file, json.dumps(list(rows), indent=1) + "\n"), (markdown, hand_off_of(rows).markdown())):
         beside.write_text(text)
         os.replace(beside, path)
     draw_hand_off(rows, beside)
@@ -36,28 +36,16 @@ def write_hand_off(rows: Sequence[Row], folder: Path) -> None:
 
 def show_hand_off(rows: Sequence[Row]) -> None:
     """Print the table, as wide as it is: numbers are never cut."""
-    heading, *lines = cells(rows)
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for number, name in enumerate(heading):
-        table.add_column(name, justify="left" if number < 2 else "right", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
-    console = Console()
+    table, console = to_rich(hand_off_of(rows)), Console()
     width = Measurement.get(console, console.options.update(max_width=1000), table).maximum
     Console(width=max(console.width, width)).print(table)
 
 
-def to_markdown(rows: Sequence[Row]) -> str:
-    heading, *lines = cells(rows)
-    rule = ["---", "---", *["---:"] * (len(heading) - 2)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in (heading, rule, *lines))
-
-
-def cells(rows: Sequence[Row]) -> list[list[str]]:
-    """The heading, and a line for each row: percent with standard errors, tokens, nats a token."""
+def hand_off_of(rows: Sequence[Row]) -> Table:
+    """A line for each row: percent with standard errors, tokens, nats a token."""
     ks = of_passes(rows)
     heading = ["stage", "benchmark", "problems", "n", "avg@n", *ks, "length", "entropy", "KL (k1)", "KL (k3)"]
-    return [heading] + [
+    lines = [
         [
             row["stage"],
             row["benchmark"],
@@ -69,19 +57,13 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
         ]
         for row in rows
     ]
+    return Table(NAME, heading, lines, texts=2)
 
 
 def of_passes(rows: Sequence[Row]) -> list[str]:
     """The keys of pass@k, by k."""
     found = {key for row in rows for key in row if key.startswith("pass@") and not key.endswith("_se")}
     return sorted(found, key=lambda key: int(key[5:]))
-
-
-def percent(row: Row, key: str) -> str:
-    if row.get(key) is None:
-        return "–"
-    error = row.get(f"{key}_se")
-    return f"{100 * row[key]:.2f}" + ("" if error is None else f" ± {100 * error:.2f}")
 
 
 def bars(rows: Sequence[Row], pipeline: str = "") -> list[Bars]:

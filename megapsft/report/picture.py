@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from megapsft.errors import Refused
 
 LINES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # told apart by the colour-blind too
@@ -24,4 +26,9 @@ def need_matplotlib(wanted: str, without: str | None = None) -> None:
         raise Refused(wanted, f"needs matplotlib ({error})", remedy) from None
 
 
-__all__ = ["LINES", "need_matplotlib"]
+def has_matplotlib() -> bool:
+    """Whether pictures can be drawn, where they are drawn only if they can."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+__all__ = ["LINES", "has_matplotlib", "need_matplotlib"]

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.table import Table
+import rich.table
 
 from megapsft.errors import Refused
 from megapsft.metrics.names import PARTS
 from megapsft.metrics.records import read_records
+from megapsft.metrics.shown import Table
 from megapsft.report.picture import need_matplotlib
+from megapsft.report.table import to_rich
 
 NAME = "time.json"
 OTHER = "other"
@@ -75,20 +76,20 @@ def spent_by(run: Path, after: Mapping[str, float] | None = None) -> Spent | Non
     return spent(read_records(file), after) if file.is_file() else None
 
 
-def step_table(found: Spent, title: str) -> Table:
-    """Seconds a step and share of each part, and how fast that was."""
+def step_table(found: Spent, title: str) -> rich.table.Table:
+    """Seconds a step and share of each part, and how fast that was; for the terminal."""
     speed = f"{found.tokens_per_second:,.0f} tokens/s, {found.tflops_per_device:.3g} TFLOP/s a device"
     if found.mfu is not None:
         speed += f", MFU {found.mfu:.1%}"
-    table = Table(title=f"{title}: where a step goes", caption=speed, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column(f"part, mean of {found.steps} steps", no_wrap=True, min_width=32)
-    for heading in ("seconds a step", "share"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, seconds in found.parts.items():
-        table.add_row(label(name), f"{seconds / found.steps:.4f}", f"{seconds / found.seconds:.1%}")
-    table.add_section()
-    table.add_row("whole", f"{found.seconds / found.steps:.4f}", "")
-    return table
+    return to_rich(parts_of(found), title=f"{title}: where a step goes", caption=speed)
+
+
+def parts_of(found: Spent) -> Table:
+    """Seconds a step and share of each part, and of the whole."""
+    parts = found.parts.items()
+    rows = [(label(name), f"{seconds / found.steps:.4f}", f"{seconds / found.seconds:.1%}") for name, seconds in parts]
+    whole = ("whole", f"{found.seconds / found.steps:.4f}", "")
+    return Table("step", (f"part, mean of {found.steps} steps", "seconds a step", "share"), [*rows, whole])
 
 
 def write_spent(found: Spent, run: Path) -> None:
@@ -158,4 +159,4 @@ def label(part: str) -> str:
     return part.replace("_", " ")
 
 
-__all__ = ["NAME", "Spent", "bars", "draw_steps", "spent", "spent_by", "step_table", "write_spent"]
+__all__ = ["NAME", "Spent", "bars", "draw_steps", "parts_of", "spent", "spent_by", "step_table", "write_spent"]

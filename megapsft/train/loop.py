@@ -19,7 +19,7 @@ def train(run: Run) -> None:
             batch = run.critic.with_values(batch, phase.objective)
         for minibatch in batch.minibatches:  # several updates a step: from the second on, ratios leave 1
             lr = run.learning_rate(step, phase)
-            report = update(run.policy, phase.objective, run.optimizer, minibatch, lr, run.reference)
+            report = update(run.policy, phase.objective, run.optimizer, minibatch, lr, run.reference, run.tokens)
             if run.critic:
                 report = run.critic.update(phase.objective, minibatch, report)
             run.log_update(step, phase, report)

@@ -37,6 +37,7 @@ from megapsft.train.prepare import with_advantages
 from megapsft.train.profile import check_profile, next_steps
 from megapsft.train.rollout_options import OF_SGLANG, check_options, check_references
 from megapsft.train.sources import Rows, load_dataset
+from megapsft.train.tokens import check_tokens
 from megapsft.types import Group, Objective
 
 # what a continued run may change: how it is computed, kept and shown, never what is computed
@@ -185,6 +186,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
     swapped = compares and config.reference.placement == "swap"
     config = dataclasses.replace(config, parallel=with_overlap(config.parallel, has_cuda(), swapped))
     check_options(config)
+    check_tokens(config.log)
     check_profile(config.profile, all_phases[-1].end, world_size)
     template = ChatTemplate.load(config.model.path)
     data = load_dataset(config, template, hf.vocab_size)

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from megapsft.config import Config
 from megapsft.policy.build import Policy
-from megapsft.policy.forward import Head, evaluate
 from megapsft.policy.head.compare import CHANNELS, compare_logits
+from megapsft.policy.hidden import trained_hidden
 from megapsft.train.noise import Bench
 from megapsft.train.plan import RunPlan
-from megapsft.types import Microbatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,17 +50,9 @@ def outputs_of(bench: Bench, policy: Policy, laid_out: RunPlan, name: str, logpr
     """Collective. What the head of `policy` reads, of samples laid out as `laid_out` says."""
     hidden = []
     for minibatch in bench.batch(laid_out).minibatches:
-        outputs = evaluate(policy, minibatch, Head(hidden=True))
-        pairs = zip(outputs, minibatch.microbatches, strict=False)
-        hidden.append([_trained(output, microbatch, policy).cpu() for output, microbatch in pairs])
+        hidden.append([one.cpu() for one in trained_hidden(policy, minibatch)])
     weight = policy.output_weight()
     return Outputs(name=name, logprobs=logprobs, hidden=hidden, weight=None if weight is None else weight.detach().cpu())
-
-
-def _trained(output: Tensor, microbatch: Microbatch, policy: Policy) -> Tensor:
-    """[n, D] of the hidden states [B, S, D] that `evaluate` gives, or of the part that a sequence-parallel rank has of them."""
-    hidden = output.transpose(0, 1).to(policy.config.params_dtype).contiguous()  # Megatron hands out fp32
-    return policy.head().whole(hidden).transpose(0, 1)[microbatch.loss_mask.to(hidden.device)]
 
 
 def compare(bench: Bench, policy: Policy, laid_out: RunPlan, ours: Outputs, finer: Outputs) -> Precision:

@@ -14,30 +14,29 @@ old pass chose), if both passes have their tokens in the same order.
 from __future__ import annotations
 
 import dataclasses
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from megapsft.checkpoint.hf import import_hf, init_adapters
 from megapsft.config import FP8Config
 from megapsft.data.prompts import Prompts
 from megapsft.errors import Refused
 from megapsft.objectives.registry import build_objective
+from megapsft.platform.memory import free_models
 from megapsft.policy.build import Policy, build_chunks, half, transformer_config
 from megapsft.policy.lora import with_adapters
 from megapsft.policy.merge import merge
+from megapsft.train.build import build_policy, policy_of
 from megapsft.train.noise import Bench, Floor, Row
 from megapsft.train.noise_limit import limit_of
 from megapsft.train.phases import has_old_policy
 from megapsft.train.plan import RunPlan
 from megapsft.train.precision import Precision, compare, name_of, outputs_of
 from megapsft.train.prepare import with_advantages
-from megapsft.train.run import build_policy, policy_of
 from megapsft.types import Group, Minibatch
 
 FP8, DTYPE = "fp8.format", "model.dtype"
@@ -128,7 +127,7 @@ def measure_noise(plan: RunPlan, samples: int | None = None) -> Probe:
     objective = plan.phases[-1].objective
     bench = Bench(groups, plan)
     rows, precisions = _as_configured(bench, plan)
-    _free()
+    free_models()
     if rows[0].log_ratios.any():
         rows += _each_removed(bench, plan, rows)
     clip_low, clip_high = (objective if has_old_policy(objective) else build_objective({"name": "psft"})).clip_range
@@ -178,7 +177,7 @@ def _as_configured(bench: Bench, plan: RunPlan) -> tuple[list[Row], tuple[Precis
             if feature.key in PRECISIONS:
                 finer.append(outputs_of(bench, frozen, plan, name_of(without.config), elsewhere[feature.key].logprobs))
             del frozen
-            _free()
+            free_models()
 
     policy = build_policy(plan)
     bench.warm(policy, plan)
@@ -227,7 +226,7 @@ def _each_removed(bench: Bench, plan: RunPlan, rows: Sequence[Row]) -> list[Row]
         bench.warm(policy, without)
         removed.append(bench.measure(policy, without, kind="removed", title=feature.without, feature=feature.key))
         del policy
-        _free()
+        free_models()
     return removed
 
 
@@ -240,13 +239,6 @@ def _frozen_policy(plan: RunPlan) -> Policy:
     import_hf(chunks, Path(config.model.path), plan.hf)
     init_adapters(chunks, plan.hf, config.lora, config.train.seed)
     return policy_of(plan, half(chunks, megatron), megatron)
-
-
-def _free() -> None:
-    """Give back the memory of a model that was let go: Megatron's wrappers hold themselves in cycles."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _notes(plan: RunPlan, rows: Sequence[Row]) -> tuple[str, ...]:

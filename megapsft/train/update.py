@@ -23,6 +23,7 @@ from megapsft.policy.forward import Consume, Head, evaluate, forward_backward, r
 from megapsft.policy.reference import Reference
 from megapsft.train.optimizer import step_if_finite
 from megapsft.train.phases import has_old_policy
+from megapsft.train.tokens import Tokens
 from megapsft.types import Metric, Microbatch, Minibatch, Objective, Over, PolicyOutput
 
 MOST_TOTALS = 16  # of an objective
@@ -48,6 +49,7 @@ def update(
     minibatch: Minibatch,
     lr: float | None,
     reference: Reference | None = None,
+    tokens: Tokens | None = None,
 ) -> Report:
     """Collective. Gradient of sum(loss_weights * loss) over all microbatches and ranks, clipped, and one AdamW step.
 
@@ -55,6 +57,7 @@ def update(
 
     Args:
         lr: learning rate of the step; None for neither gradient nor step: a report on the policy as it is.
+        tokens: keeps what is known of each token that is trained.
     """
     if objective.totals_need is not None:
         with part("totals"):
@@ -72,6 +75,8 @@ def update(
         if _counts():
             if compares:
                 metrics = metrics | mismatch_metrics(microbatch)
+            if tokens is not None and lr is not None:
+                tokens.add(output, microbatch, metrics)
             values = zip(entropies, (output.entropy, microbatch.old_entropy), strict=False)
             reduction.add({**metrics, **{key: Metric(value) for key, value in values}}, microbatch.loss_mask)
         return loss, loss.detach().double()

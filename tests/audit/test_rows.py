@@ -6,6 +6,7 @@ import pytest
 from megapsft.audit.roles import ROLES
 from megapsft.audit.rows import audit_rows, read_records
 from megapsft.data.arithmetic import generate, preferences, rollouts
+from megapsft.data.chat_template import ChatTemplate
 from megapsft.errors import Refused
 from megapsft.objectives.registry import build_objective
 from megapsft.train.prepare import with_advantages
@@ -74,6 +75,23 @@ def test_every_refused_row_is_there_with_what_the_loader_says(clean, config_of, 
     assert "is empty or blank" in refused[3]
     assert "before its end" in refused[6]
     assert rows[5].samples[0].loss_mask.sum() == 0
+
+
+@pytest.mark.parametrize("kind", ["demonstrations", "rollouts"])
+def test_a_prompt_with_an_image_is_refused_as_by_the_loader(kind, clean, config_of, template):
+    """Of a model that sees images; "<image>" stands for its token where a file has token ids."""
+    (image,) = template.tokenise(["#"])[0]
+    seeing = ChatTemplate(template.tokenizer, media_token_ids=[image])
+    clean[4]["prompt"] += " <image>"
+    if kind == "rollouts":
+        ids = [template.tokenise([row["prompt"].replace("<image>", "#")])[0] for row in clean]
+        clean = [{"prompt_token_ids": one, "rollouts": [{"response": "Yes.", "reward": 1}]} for one in ids]
+    config = config_of(clean, f"data.kind={kind}", *(["objective.name=grpo"] if kind == "rollouts" else []))
+    rows = audit_rows(read_records(config.data), config, build_objective(config.objective), seeing, VOCABULARY)
+    refused = {row.number: row.refused for row in rows if row.refused}
+    with pytest.raises(Refused, match="stands for an image or a video") as stopped:
+        load_dataset(config, seeing, VOCABULARY)
+    assert refused == {5: str(stopped.value)}
 
 
 def test_a_column_that_the_first_row_lacks_is_refused_at_once(clean, config_of):

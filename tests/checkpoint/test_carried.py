@@ -9,20 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from megapsft.checkpoint.convert.hf_to_megatron import hf_to_megatron
 from megapsft.checkpoint.convert.megatron_to_hf import megatron_to_hf
 from megapsft.checkpoint.convert.verify import verify
 from megapsft.checkpoint.convert.workers import Options
 from megapsft.checkpoint.hf import save_hf
-from megapsft.checkpoint.hf_folder import CARRIED, INDEX, SINGLE, check_checkpoint, read_config
+from megapsft.checkpoint.hf_folder import CARRIED, INDEX, read_config
 from megapsft.checkpoint.hf_save import keep_model
 from megapsft.checkpoint.weights import rows_of
 from megapsft.checkpoint.weights.hf import HFWeights
 from megapsft.checkpoint.weights.part import language_model
 from megapsft.errors import Refused
 from megapsft.models.families import family_of
+from tests.checkpoint.folders import change, check
 from tests.vision import NESTED, RELEASED, of_vision, qwen2_5_vl, stored
 
 SMALL = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=32, num_attention_heads=2)
@@ -42,17 +43,6 @@ def sources(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture
 def model(sources, tmp_path) -> Path:
     return Path(shutil.copytree(sources[RELEASED], tmp_path / "model"))
-
-
-def change(folder: Path, edit) -> None:
-    weights = load_file(folder / SINGLE)
-    edit(weights)
-    save_file(weights, folder / SINGLE)
-
-
-def check(folder: Path) -> None:
-    hf = read_config(folder)
-    check_checkpoint(folder, family_of(hf), hf)
 
 
 def same(ours: dict, theirs: dict) -> bool:

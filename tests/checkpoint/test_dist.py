@@ -7,13 +7,14 @@ import os
 import shutil
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megapsft.config import load_config
 from megapsft.parallel import initialize, shutdown
 from megapsft.train.loop import train
 from megapsft.train.plan import plan_run
-from megapsft.train.run import start
+from megapsft.train.start import start
 from tests.invariants.splits import Split, split
 from tests.ranks import run_ranks
 
@@ -110,6 +111,7 @@ def _train(options: list[str]) -> None:
     plan = plan_run(config, int(os.environ["WORLD_SIZE"]))
     initialize(plan.mesh, config.parallel, config.train.seed)
     train(start(plan))
+    assert not psutil.Process().children(recursive=True), "what writes a checkpoint ends with it"
     shutdown()
 
 

@@ -14,9 +14,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from megapsft.checkpoint.hf import save_hf
-from megapsft.checkpoint.hf_folder import INDEX, SINGLE, check_checkpoint, open_checkpoint, read_config
+from megapsft.checkpoint.hf_folder import INDEX, SINGLE, open_checkpoint, read_config
 from megapsft.errors import Refused
 from megapsft.models.families import family_of
+from tests.checkpoint.folders import change, check
 from tests.ranks import run_ranks
 
 SIZES = dict(vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, head_dim=8)
@@ -56,18 +57,6 @@ def shard(folder: Path, **options) -> Path:
     out = folder.with_name("sharded")
     save_hf(stream(folder), read_config(folder), folder, out, max_shard_bytes=4000, **options)
     return out
-
-
-def change(folder: Path, edit) -> None:
-    """Write the weights of a one-file folder again after `edit` had its way with them."""
-    weights = load_file(folder / SINGLE)
-    edit(weights)
-    save_file(weights, folder / SINGLE)
-
-
-def check(folder: Path) -> None:
-    hf = read_config(folder)
-    check_checkpoint(folder, family_of(hf), hf)
 
 
 class TestSave:

@@ -9,9 +9,9 @@ import torch
 from megapsft.checkpoint.optimizer_state import round_again
 from megapsft.config import load_config
 from megapsft.parallel import initialize, shutdown
+from megapsft.train.build import build_policy
 from megapsft.train.optimizer import build_optimizer
 from megapsft.train.plan import plan_run
-from megapsft.train.run import build_policy
 from tests.ranks import run_ranks
 
 

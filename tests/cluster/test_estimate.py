@@ -101,8 +101,24 @@ def test_recomputing_experts_drops_what_they_keep():
 
 def test_products_in_fp8_take_less_time_where_a_gpu_has_them_and_are_refused_elsewhere():
     assert plan("fp8.format=hybrid").time.total < plan().time.total
-    with pytest.raises(Refused, match="FP8: needs a GPU with FP8; use bfloat16"):
+    with pytest.raises(Refused, match="fp8.format=hybrid: needs compute capability 8.9 or higher, and this GPU has 8.0"):
         plan("fp8.format=hybrid", gpu="a100")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("fp8.format=hybrid", "fp8.recipe=mxfp8"), "needs compute capability 10.x, and this GPU has 9.0; use fp8.recipe="),
+        (("fp8.recipe=blockwise",), "is of FP8, and fp8.format=null"),
+        (("fp8.format=hybrid", "model.dtype=float32"), "is of bfloat16 weights"),
+        (("fp8.format=hybrid", "fp8.param_gather=true"), "is of the distributed optimizer"),
+    ],
+)
+def test_what_training_in_fp8_would_be_refused_for_is_refused_in_its_plan(options, message):
+    """Before it waits in a queue."""
+    with pytest.raises(Refused, match=message):
+        plan(*options)
+    plan("fp8.format=hybrid", "fp8.recipe=mxfp8", gpu="b200")
 
 
 def test_the_first_stages_hold_more_microbatches():

@@ -16,9 +16,10 @@ from megapsft.checkpoint.random_init import init_model
 from megapsft.cluster.memory import Held, held_by_policy
 from megapsft.config import load_config
 from megapsft.parallel import initialize, shutdown
+from megapsft.train.build import build_policy
 from megapsft.train.optimizer import build_optimizer
 from megapsft.train.plan import plan_run
-from megapsft.train.run import Run, build_policy
+from megapsft.train.run import Run
 from megapsft.train.update import update
 from tests.invariants.splits import NAMES
 from tests.ranks import run_ranks
@@ -73,7 +74,7 @@ def _allocate(options: list[str]) -> tuple[int, Held, Held]:
     initialize(plan.mesh, config.parallel, seed=1)
     policy = build_policy(plan)
     optimizer = build_optimizer(config.optimizer, config.parallel, policy)
-    run = Run(plan, policy, optimizer, None, plan.rows, None, None)
+    run = Run(plan, policy, optimizer, None, plan.rows)
     objective = plan.phases[0].objective
     (minibatch,) = run.pack(plan.rows.next_groups(0), objective).minibatches
     assert update(policy, objective, optimizer, minibatch, lr=1e-4).skipped is None

@@ -64,6 +64,12 @@ def test_a_long_pipeline_is_shown_by_its_ends(say):
     assert "pipeline" in out
 
 
+def test_what_is_not_counted_of_fp8_is_said(say):
+    said = "memory and traffic are those of bfloat16: the copies of weights in FP8 are not counted"
+    assert said not in say(DENSE)[1]
+    assert said + ", nor what fp8.param_gather saves" in say(DENSE, "fp8.format=hybrid", "fp8.param_gather=true")[1]
+
+
 def test_options_that_there_are_not(say):
     assert "--gpu v100: is not in the table" in say(DENSE, "--gpu", "v100")[2]
     assert "--proposals -1: must be 0 or more" in say(DENSE, "--proposals", "-1")[2]

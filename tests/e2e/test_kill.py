@@ -30,7 +30,7 @@ def test_sigkill_and_start_again(family, split, tiny_models, tiny_data, tmp_path
     metrics = tmp_path / "killed" / "metrics.jsonl"
     wait_for(lambda: count(metrics) >= 6 * UPDATES and (tmp_path / "killed/checkpoints/latest").exists(), killed)
     family_of_processes = descendants(killed.pid)
-    assert len(family_of_processes) >= 4  # two ranks, each with a process that helps it to save
+    assert len(family_of_processes) >= 2  # two ranks, and what may be writing a checkpoint at this moment
     killed.kill()  # SIGKILL for the launcher alone: its ranks go with it, and theirs with them
     killed.wait()
     wait_until_gone(family_of_processes)
@@ -52,7 +52,7 @@ def start(model: Path, data: Path, run: Path, split: list[str]) -> subprocess.Po
     options = [
         f"model.path={model}", f"data.path={data}", f"run.dir={run}", f"train.steps={STEPS}", f"train.sft_warmup_steps={WARMUP}",
         "train.sft_warmup_lr=1e-3", "train.batch_size=16", f"train.minibatch_size={16 // UPDATES}", "checkpoint.interval=2",
-        *split,
+        "log.tensorboard=false", *split,
     ]  # fmt: skip
     config = Path(__file__).parents[2] / "configs/psft/tiny-qwen3-gsm8k.yaml"
     command = [sys.executable, "-m", "megapsft.cli", "train", str(config), *options]

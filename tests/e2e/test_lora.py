@@ -27,7 +27,7 @@ from megapsft.models.adapters import trained_rules
 from megapsft.parallel import initialize, shutdown
 from megapsft.train.loop import train
 from megapsft.train.plan import plan_run
-from megapsft.train.run import start
+from megapsft.train.start import start
 from tests.invariants.measure import whole
 from tests.ranks import run_ranks
 

@@ -21,9 +21,10 @@ from megapsft.objectives.registry import build_objective
 from megapsft.parallel import initialize, shutdown
 from megapsft.policy.constants import without_routing
 from megapsft.policy.forward import evaluate, read
+from megapsft.train.build import build_policy
 from megapsft.train.engines import open_engine
 from megapsft.train.plan import plan_run
-from megapsft.train.run import Run, build_policy
+from megapsft.train.run import Run
 from megapsft.train.sampled import Sampled
 from tests.invariants.compare import perturbed
 from tests.ranks import run_ranks
@@ -66,7 +67,7 @@ def sample(folder: Path, options: list[str]):
         refuses_what_lacks_routing(source)
     finally:
         source.close()
-    run = Run(plan, policy, None, None, source, None, None)
+    run = Run(plan, policy, None, None, source)
     (minibatch,) = run.pack(groups, build_objective(plan.config.objective)).minibatches
     found = [mismatch(minibatch, evaluate(policy, one)) for one in (without_routing(minibatch), minibatch)]
     routed = sum(int((m.rollout_routing[..., 0, 0] >= 0).sum()) for m in minibatch.microbatches)

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from megapsft.checkpoint.hf import read_config
-from megapsft.checkpoint.random_init import FAMILIES, init_model
+from megapsft.checkpoint.random_init import FAMILIES, WHOLE_HEADS, init_model
 from megapsft.data.arithmetic import generate, write_jsonl
 
 RECORD = Path(__file__).parents[1] / "models" / "te_names.json"
@@ -45,7 +45,7 @@ def make(family: str, root: Path) -> Path:
     """Two layers, four experts."""
     return init_model(
         family=family, data_path=root / "rows.jsonl", out_dir=root / family, vocab_size=307, hidden_size=64, num_layers=2,
-        head_dim=16 if family == "qwen2" else 24, intermediate_size=128, num_experts=4, seed=1,
+        head_dim=16 if family in WHOLE_HEADS else 24, intermediate_size=128, num_experts=4, seed=1,
     )  # fmt: skip
 
 

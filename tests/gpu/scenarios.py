@@ -41,7 +41,8 @@ from megapsft.train import plan  # noqa: E402
 from megapsft.train.fp8 import alignment  # noqa: E402
 from megapsft.train.plan import plan_run  # noqa: E402
 from megapsft.train.prepare import with_constants  # noqa: E402
-from megapsft.train.run import Run, start  # noqa: E402
+from megapsft.train.run import Run  # noqa: E402
+from megapsft.train.start import start  # noqa: E402
 from megapsft.train.update import update  # noqa: E402
 from megapsft.types import Minibatch, Sample  # noqa: E402
 
@@ -194,7 +195,8 @@ def _gradient(policy: Policy, minibatch: Minibatch) -> Tensor:
 @torch.no_grad()
 def _of_transformers(folder: str, samples: list[Sample], dtype: torch.dtype) -> Tensor:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
+    kind = getattr(transformers, read_config(folder).architecture)  # also of models that see images
+    model = kind.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
     model = model.to(device, dtype).eval()
     parts = []
     for sample in samples:

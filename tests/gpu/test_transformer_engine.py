@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import pytest
 
-from megapsft.checkpoint.random_init import FAMILIES
+from megapsft.checkpoint.random_init import FAMILIES, init_model
 from megapsft.config import load_config
 from megapsft.errors import Refused
 from megapsft.platform.machine import this_machine
 from megapsft.train.fp8 import check_chip
 from tests.gpu.measured import WIDTHS, measured, random_slice
 
-WIDE = dict(hidden_size=512, intermediate_size=1536, num_attention_heads=8, num_key_value_heads=4, head_dim=64)
-EXPERTS = dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=256)
+WIDE = dict(hidden_size=512, num_layers=4, num_attention_heads=8, num_key_value_heads=4, head_dim=64, intermediate_size=1536,
+            moe_intermediate_size=256)  # fmt: skip
 TRAINED = ["data.max_length=512", "data.pack_length=4096", "train.batch_size=16", "train.minibatch_size=8", "optimizer.lr=1e-4"]
 ZERO1 = ["parallel.use_distributed_optimizer=true"]
-FAR = {"delayed": 0.08, "tensorwise": 0.06, "blockwise": 0.06, "mxfp8": 0.06}  # relative error of a product against fp64
+# relative error of a product against fp64: e4m3 rounds normal numbers by 0.026, e5m2 by 0.053, and one of each makes 0.059
+FAR = {"delayed": 0.08, "tensorwise": 0.065, "blockwise": 0.065, "mxfp8": 0.065}
 
 
 def runs_here(recipe: str) -> bool:
@@ -40,10 +41,7 @@ def fp8(recipe: str) -> list[str]:
 def models(tiny_data, tmp_path_factory):
     """family -> a model of four layers, wide enough for every kernel."""
     root = tmp_path_factory.mktemp("gpu")
-    return {
-        family: str(random_slice(family, WIDE | (EXPERTS if family == "qwen3_moe" else {}), 4, tiny_data, root / family))
-        for family in FAMILIES
-    }
+    return {family: str(init_model(family, tiny_data, root / family, dtype="bfloat16", **WIDE)) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +101,8 @@ def test_a_resumed_run_goes_on(models, tiny_data, tmp_path, family, kind):
     (found,) = measured({"": ("resumed", {"before": options, "after": options, **paths})}, tmp_path).values()
     assert found["again"][0] == pytest.approx(found["went_on"][0], abs=1e-6)
     assert found["again"][1] == pytest.approx(found["went_on"][1], abs=5e-3)
-    assert (found["states"] > 0) == (kind == "delayed")
+    assert kind != "bf16" or found["states"] == 0
+    assert kind != "delayed" or found["states"] > 0  # of other recipes there are some, without a number in them, before 2.18
 
 
 @pytest.mark.parametrize(("before", "after"), [("local", "transformer_engine"), ("transformer_engine", "local")])

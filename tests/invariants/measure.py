@@ -21,9 +21,10 @@ from megapsft.objectives.registry import build_objective
 from megapsft.parallel import initialize, shutdown
 from megapsft.policy.build import Policy
 from megapsft.policy.constants import with_old_policy
+from megapsft.train.build import build_policy
 from megapsft.train.optimizer import build_optimizer
 from megapsft.train.plan import plan_run
-from megapsft.train.run import Run, build_policy
+from megapsft.train.run import Run
 from megapsft.train.update import update
 
 OBJECTIVES = {"sft": {"name": "sft"}, "psft": {"name": "psft", "clip_high": 0.28}}
@@ -52,7 +53,7 @@ def measure(old: Path, new: Path, data: Path, options: tuple[str, ...], samples:
         shapes = {rule.hf: rule.shape for rule in rules}
         fill(policy.chunks, lambda name, index: random(name, shapes[name])[index], plan.hf, rules)
     optimizer = build_optimizer(config.optimizer, config.parallel, policy)
-    run = Run(plan, policy, optimizer, None, plan.rows, None, None)
+    run = Run(plan, policy, optimizer, None, plan.rows)
     results = {}
     for name, section in OBJECTIVES.items():
         objective = build_objective(section)

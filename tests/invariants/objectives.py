@@ -16,10 +16,11 @@ from megapsft.objectives.registry import build_objective
 from megapsft.parallel import initialize, shutdown
 from megapsft.policy.constants import with_old_policy
 from megapsft.policy.reference import Swapped
+from megapsft.train.build import build_critic, build_policy
 from megapsft.train.optimizer import build_optimizer
 from megapsft.train.plan import RunPlan, plan_run
 from megapsft.train.prepare import with_advantages, with_constants
-from megapsft.train.run import Run, build_critic, build_policy
+from megapsft.train.run import Run
 from megapsft.train.update import update
 from megapsft.types import Objective, Sample, TrainBatch
 from tests.invariants.measure import CLIP, whole_gradient
@@ -47,7 +48,7 @@ def measure_objectives(
     for section in sections:
         objective = build_objective(section)
         kind = "preferences" if "preferences" in objective.trains_on else "rollouts"
-        run = Run(plans[kind], policy, optimizer, None, plans[kind].rows, None, None, reference=reference)
+        run = Run(plans[kind], policy, optimizer, None, plans[kind].rows, reference=reference)
         import_hf(policy.gpt_models(), models["old"], plan.hf)
         run, batch = prepare(run, objective)
         import_hf(policy.gpt_models(), models["new"], plan.hf)

@@ -1,16 +1,16 @@
-"""Sinks. Not here: wandb online, which needs an account."""
+"""All sinks together. What each tracker makes of it: test_tensorboard.py, test_weights_and_biases.py."""
 
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megapsft.metrics.records import read_records
-from megapsft.metrics.sinks import Sinks, TensorBoard, WandB
+from megapsft.metrics.sinks import Sinks
+from megapsft.metrics.tensorboard import TensorBoard
+from tests.metrics.pages import events
 
 UPDATE = {"update": 8, "step": 1, "phase": "train", "objective": "psft", "train/loss": -1.0, "objective/nll": 0.5}
 STEP = UPDATE | {"train/loss": -1.1}
@@ -18,9 +18,8 @@ STEP = UPDATE | {"train/loss": -1.1}
 
 def read_tensorboard(directory):
     """{tag: [(x, value), ...]}"""
-    events = EventAccumulator(str(directory))
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    found = events(directory)
+    return {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
 def test_the_same_keys_everywhere(tmp_path):
@@ -70,33 +69,16 @@ def test_benchmarks_that_were_answered_are_known_when_a_run_goes_on(tmp_path):
     sinks.close()
 
 
-def test_wandb_offline_goes_on_under_the_same_id(tmp_path):
-    for update in (1, 2):
-        sinks = Sinks(tmp_path, [WandB(tmp_path, project="test", mode="offline", config={"train.steps": 2})])
-        sinks.write_update({"update": update, "phase": "train", "train/loss": 0.25})
-        sinks.close()
-        if update == 1:
-            first_id = (tmp_path / "wandb_id").read_text()
-            time.sleep(1.1)  # the folders of the two are named by the second
-    assert (tmp_path / "wandb_id").read_text() == first_id
-    logs = list(tmp_path.glob(f"wandb/offline-run-*-{first_id}/run-{first_id}.wandb"))
-    assert len(logs) == 2
-    deadline = time.monotonic() + 20  # its own process may write the end a moment after finish() has returned
-    while not (written := all(b"train/loss" in log.read_bytes() for log in logs)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert written
-
-
 @pytest.mark.parametrize(
     ("package", "make", "said"),
     [
-        ("wandb", "WandB('.', project='p', mode='offline')", "log.wandb=disabled"),
-        ("tensorboard", "TensorBoard('.')", "log.tensorboard=false"),
+        ("wandb", "weights_and_biases import WandB; WandB('.', project='p', mode='offline')", "log.wandb=disabled"),
+        ("tensorboard", "tensorboard import TensorBoard; TensorBoard('.')", "log.tensorboard=false"),
     ],
 )
 def test_a_missing_package_is_refused_with_the_remedy(tmp_path, package, make, said):
     (tmp_path / f"{package}.py").write_text("raise ModuleNotFoundError('not installed')")  # found first, as if it were missing
-    code = f"from megapsft.metrics.sinks import *\ntry:\n    {make}\nexcept Refused as error:\n    print(error)"
+    code = f"from megapsft.errors import *\ntry:\n    from megapsft.metrics.{make}\nexcept Refused as error:\n    print(error)"
     paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True

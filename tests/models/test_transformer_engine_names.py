@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megapsft.checkpoint import random_init
 from megapsft.models.families import family_of
 from megapsft.models.hf_config import HFConfig
 from megapsft.models.names import EMBEDDING, OUTPUT, canonical_name
@@ -23,6 +24,10 @@ DENSE = {"pre_mlp_layernorm": "IdentityOp", "mlp": "MLP", "mlp.linear_fc1": "TEL
 SPARSE = {"pre_mlp_layernorm": "RMSNorm", "mlp": "MoELayer", "mlp.router": "Router", "mlp.experts": "TEGroupedMLP",
           "mlp.experts.linear_fc1": "TEColumnParallelGroupedLinear",
           "mlp.experts.linear_fc2": "TERowParallelGroupedLinear"}  # fmt: skip
+
+
+def test_every_family_is_recorded():
+    assert set(FAMILIES) == set(random_init.FAMILIES)
 
 
 @pytest.fixture(params=FAMILIES)

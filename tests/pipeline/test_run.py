@@ -23,12 +23,16 @@ import yaml
 
 from megapsft.cli import main
 from tests.command import ROOT, megapsft
+from tests.metrics.pages import events, texts
 
 
 @pytest.fixture(scope="module")
 def whole(pipeline, tmp_path_factory) -> tuple[Path, str]:
     """The config of PSFT then GRPO, run without a disturbance, and what that printed."""
     path = pipeline(tmp_path_factory.mktemp("whole"), "psft", "grpo")
+    tree = yaml.safe_load(path.read_text())
+    tree["stages"][0]["set"]["log"]["tensorboard"] = True
+    path.write_text(yaml.safe_dump(tree))
     done = megapsft("pipeline", str(path))
     assert done.returncode == 0, done.stderr
     return path, done.stdout
@@ -89,6 +93,16 @@ def test_the_table_has_what_the_evaluations_say(whole):
     markdown = (path.parent / "run/hand-off.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in markdown] == ["| stage", "| ---", "| start", "| psft", "| grpo"]
     assert (path.parent / "run/hand-off.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tracker_of_a_stage_shows_the_table_so_far(whole):
+    run = whole[0].parent / "run"
+    (update, table), *others = texts(run / "psft/tensorboard", "tables/hand-off")
+    assert not others
+    assert table.splitlines() == (run / "hand-off.md").read_text().splitlines()[:4]  # without grpo, which came later
+    (picture,) = events(run / "psft/tensorboard").Images("pictures/hand-off")
+    assert picture.step == update == len((run / "psft/metrics.jsonl").read_text().splitlines())
+    assert not (run / "grpo/tensorboard").exists()
 
 
 def test_entropy_and_kl_are_those_of_transformers(whole, model):

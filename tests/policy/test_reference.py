@@ -11,7 +11,7 @@ from megapsft.checkpoint.random_init import init_model
 from megapsft.objectives.registry import build_objective
 from megapsft.policy.constants import with_reference
 from megapsft.policy.reference import Copied, Swapped
-from megapsft.train.run import build_reference
+from megapsft.train.build import build_reference
 from megapsft.train.update import update
 from megapsft.types import TrainBatch
 from tests.ranks import run_ranks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from megapsft.report.hand_off import show_hand_off, to_markdown, write_hand_off
+from megapsft.report.hand_off import hand_off_of, show_hand_off, write_hand_off
 
 
 def row(stage: str, benchmark: str, **other: float | None) -> dict:
@@ -18,7 +18,7 @@ ROWS = [row("start", "easy"), row("start", "hard", avg_se=None), row("psft", "ea
 
 
 def test_percent_with_errors_and_nats():
-    heading, _, start, of_one_problem, *_ = to_markdown(ROWS).splitlines()
+    heading, _, start, of_one_problem, *_ = hand_off_of(ROWS).markdown().splitlines()
     assert heading == (
         "| stage | benchmark | problems | n | avg@n | pass@2 | pass@10 | length | entropy | KL (k1) | KL (k3) |"
     )  # fmt: skip
@@ -30,7 +30,7 @@ def test_percent_with_errors_and_nats():
 
 def test_a_pass_that_one_benchmark_has_not_is_no_number():
     short = {key: value for key, value in row("start", "short").items() if not key.startswith("pass@10")}
-    assert "| 62.50 ± 3.12 | – | 14.2 |" in to_markdown([*ROWS, short])
+    assert "| 62.50 ± 3.12 | – | 14.2 |" in hand_off_of([*ROWS, short]).markdown()
 
 
 def test_all_three_files_are_written_and_nothing_beside_them(tmp_path):
@@ -44,7 +44,7 @@ def test_all_three_files_are_written_and_nothing_beside_them(tmp_path):
 def test_the_picture_shows_what_there_is(tmp_path):
     """Other numbers make another picture; without pass@k a panel is left empty."""
     pictures = []
-    for number, rows in enumerate((ROWS, [*ROWS[:3], row("psft", "hard", kl_k1=0.5)], [without_passes(one) for one in ROWS])):
+    for number, rows in enumerate((ROWS, [*ROWS[:3], row("psft", "hard", kl_k3=0.5)], [without_passes(one) for one in ROWS])):
         write_hand_off(rows, tmp_path / str(number))
         pictures.append((tmp_path / str(number) / "hand-off.png").read_bytes())
     assert len(set(pictures)) == 3

@@ -22,6 +22,7 @@ QUIET = ("log.progress=false", "log.tensorboard=false", "checkpoint.interval=0")
 FEW = ("train.batch_size=8", "train.minibatch_size=4", "train.steps=4", "data.max_length=256", *QUIET)
 EVALUATED = ("evaluate.interval=2", "evaluate.limit=2", "evaluate.n=2", "evaluate.max_tokens=4")
 WIDE, NARROW = 1280, 360  # pixels
+REMAINING = "everything-else-that-was-recorded"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def report(tiny_data, tiny_models, tmp_path_factory) -> Path:
     """Of PSFT behind a warm-up, and of SFT; both answer a benchmark."""
     root = tmp_path_factory.mktemp("report")
     given = [f"model.path={tiny_models('qwen3')}", f"data.path={tiny_data}", f"evaluate.data=[{tiny_data}]", *FEW, *EVALUATED]
-    for name, options in {"psft": ["train.sft_warmup_steps=2"], "sft": []}.items():
+    for name, options in {"psft": ["train.sft_warmup_steps=2", "log.tokens=1"], "sft": []}.items():
         config = str(ROOT / "configs" / name / "tiny-qwen3-gsm8k.yaml")
         assert run_ranks(1, cli.main, ["train", config, *given, f"run.dir={root / 'runs' / name}", *options]) == [0]
     (command,) = re.findall(r"```bash\nmegapsft (.+)\n```", (ROOT / "docs" / "report.md").read_text())
@@ -59,7 +60,7 @@ def test_every_section_is_seen_on_a_wide_page_and_on_a_phone(report, browser, wi
     assert (tab.complaints, tab.requests) == ([], [report.as_uri()])
     assert tab.run("document.documentElement.scrollWidth") <= width
     sections = tab.run("[...document.querySelectorAll('section')].map(section => section.id)")
-    assert sections == ["runs", "training", "benchmarks", "speed-and-memory", "everything-else-that-was-recorded", "configs"]
+    assert sections == ["runs", "training", "tokens", "benchmarks", "speed-and-memory", REMAINING, "configs"]
     for section in sections:
         high = tab.run(f"document.querySelector('#{section}').getBoundingClientRect().height")
         assert high > 100, section

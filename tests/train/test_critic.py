@@ -18,9 +18,9 @@ from megapsft.config import load_config
 from megapsft.data.arithmetic import generate, rollouts, write_jsonl
 from megapsft.errors import Refused
 from megapsft.objectives.registry import build_objective
+from megapsft.train.build import build_critic
 from megapsft.train.critic import estimate
 from megapsft.train.plan import plan_run
-from megapsft.train.run import build_critic
 from megapsft.train.update import update
 from tests.ranks import run_ranks
 from tests.train.test_update import make_run, shutdown, weights

@@ -21,9 +21,9 @@ from megapsft.checkpoint.weights.hf import HFWeights
 from megapsft.config import load_config
 from megapsft.errors import Refused
 from megapsft.parallel import initialize, shutdown
+from megapsft.train.build import build_policy
 from megapsft.train.engines import Live, fp8_folder, open_engine, server_options
 from megapsft.train.plan import plan_run
-from megapsft.train.run import build_policy
 from tests.ranks import run_ranks
 
 TP2 = "parallel.tensor_model_parallel_size=2"

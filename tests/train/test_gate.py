@@ -14,6 +14,7 @@ import pytest
 from megapsft import cli
 from megapsft.config import load_config
 from megapsft.data.arithmetic import generate, write_jsonl
+from megapsft.metrics.names import PARTS
 from megapsft.objectives.registry import build_objective, objective_names
 from megapsft.train.noise_limit import OF_FP8, limit_of
 from tests.ranks import run_ranks
@@ -85,18 +86,22 @@ def test_measuring_changes_nothing(tiny_models, tiny_data, tmp_path):
 
 
 def test_with_sampled_responses(scaled, tmp_path):
-    """Refused at the first step, once there are responses."""
+    """Refused at the first step, once there are responses; where it is let through, sampling them is still part of that step."""
     write_jsonl(tmp_path / "prompts.jsonl", generate(16, 0, "easy"))
     sampling = (
         "objective.name=grpo", "data.kind=prompts", *DEMONSTRATIONS, "rewards=[{name: length, soft_limit: 4}]",
         "rollout.n=2", "rollout.max_tokens=8",
         "train.batch_size=4", "train.minibatch_size=2", *NOISY, "objective.clip_low=1e-9",
     )  # fmt: skip
-    limited = (*sampling, "train.max_noise_clipped=0.01")
-    assert train(tmp_path, scaled, tmp_path / "prompts.jsonl", *limited) == [2]
+    prompts = tmp_path / "prompts.jsonl"
+    assert train(tmp_path, scaled, prompts, *sampling, "train.max_noise_clipped=0.01") == [2]
     assert found(tmp_path)["clipped"] > 0.01
     assert records(tmp_path) == []
     assert not (tmp_path / "run/checkpoints/latest").exists()
+
+    assert train(tmp_path, scaled, prompts, *sampling, "train.max_noise_clipped=1") == [0]
+    (step,) = [json.loads(line) for line in (tmp_path / "run/steps.jsonl").read_text().splitlines()]
+    assert sum(step.get(f"perf/{part}_seconds", 0.0) for part in PARTS) <= step["perf/seconds"]
 
 
 def limit(*options: str) -> float | None:

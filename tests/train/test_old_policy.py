@@ -13,10 +13,11 @@ from megapsft.data.arithmetic import generate, rollouts, write_jsonl
 from megapsft.objectives.registry import build_objective, objective_names
 from megapsft.parallel import initialize
 from megapsft.policy.reference import Swapped
+from megapsft.train.build import build_policy
 from megapsft.train.optimizer import build_optimizer
 from megapsft.train.phases import has_old_policy
 from megapsft.train.prepare import with_constants
-from megapsft.train.run import Run, build_policy
+from megapsft.train.run import Run
 from megapsft.train.update import update
 from megapsft.types import TrainBatch
 from tests.invariants.objectives import make_plan, prepare
@@ -51,7 +52,7 @@ def compare(model, path, more, sections):
     reference.take(policy)
     for section in sections:
         objective = build_objective(section)
-        run = Run(plan, policy, optimizer, None, plan.rows, None, None, reference=reference)
+        run = Run(plan, policy, optimizer, None, plan.rows, reference=reference)
         run, batch = prepare(run, objective)  # with an old policy of a pass of its own
         (explicit,) = batch.minibatches
         bare = tuple(

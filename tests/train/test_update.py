@@ -15,10 +15,11 @@ from megapsft.config import load_config
 from megapsft.objectives.registry import build_objective
 from megapsft.parallel import initialize, shutdown
 from megapsft.policy.constants import with_old_policy
+from megapsft.train.build import build_policy
 from megapsft.train.optimizer import build_optimizer
 from megapsft.train.plan import plan_run
 from megapsft.train.prepare import with_constants
-from megapsft.train.run import Run, build_policy
+from megapsft.train.run import Run
 from megapsft.train.update import update
 from tests.invariants.measure import whole_gradient
 from tests.ranks import run_ranks
@@ -34,7 +35,7 @@ def make_run(model, data, *more) -> Run:
     plan = plan_run(config, int(os.environ["WORLD_SIZE"]))
     initialize(plan.mesh, config.parallel, seed=1)
     policy = build_policy(plan)
-    return Run(plan, policy, build_optimizer(config.optimizer, config.parallel, policy), None, plan.rows, None, None)
+    return Run(plan, policy, build_optimizer(config.optimizer, config.parallel, policy), None, plan.rows)
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:

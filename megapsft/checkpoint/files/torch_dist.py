@@ -51,12 +51,19 @@ ALLOWED = {  # module -> names that may be called while unpickling
     "collections": {"OrderedDict"},
     "pathlib": {"Path", "PosixPath"},  # where torch's own writer wrote to
 }
-ALLOWED_IN_STATES = {  # in what Transformer Engine pickles of its own: the scales of FP8's delayed recipe
-    "transformer_engine.common.recipe": {"DelayedScaling", "Format", "MMParams", "_FormatHelper", "_OverrideLinearPrecision"},
+OF_STORAGE = (  # numbers of a tensor in a pickle; Megatron-Core puts its own in the place of torch's from 0.18 on
+    ("torch.storage", "_load_from_bytes"),
+    ("megatron.core.safe_globals", "safe_load_from_bytes"),
+)
+ALLOWED_IN_STATES = {  # in what Transformer Engine pickles of its own: the recipe of FP8, of 2.18 and newer the delayed one alone
+    "transformer_engine.common.recipe": {
+        "DelayedScaling", "Float8BlockScaling", "Float8CurrentScaling", "Format", "MMParams", "MXFP8BlockScaling", "QParams",
+        "_FormatHelper", "_OverrideLinearPrecision",
+    },
     "megatron.core.extensions.transformer_engine": {"TEDelayedScaling"},
     "torch._utils": {"_rebuild_tensor_v2"},
     "collections": {"OrderedDict"},
-}
+}  # fmt: skip
 
 
 class Chunk(NamedTuple):
@@ -186,7 +193,7 @@ def _check_state(state: Any) -> None:
 
 class _States(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
+        if (module, name) in OF_STORAGE:
             return lambda content: torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
         if name in ALLOWED_IN_STATES.get(module, ()):
             return _Inert

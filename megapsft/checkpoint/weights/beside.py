@@ -1,8 +1,8 @@
-"""Several Weights as one, such as a base and the adapter beside it; and some of the tensors of one."""
+"""Several Weights as one, such as a base and the adapter beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -26,14 +26,3 @@ class Beside:
         """(file, first byte, bytes) of all data, where all parts are files."""
         for part in self._parts:
             yield from part.places()
-
-
-class Chosen:
-    """The tensors of these names alone, in their order."""
-
-    def __init__(self, weights: Weights, names: Iterable[str]):
-        self._weights = weights
-        self.tensors: dict[str, Stored] = {name: weights.tensors[name] for name in names}
-
-    def read(self, name: str, start: int, stop: int, out: Tensor) -> None:
-        self._weights.read(name, start, stop, out)

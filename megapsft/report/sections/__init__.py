@@ -8,6 +8,7 @@ from megapsft.report.folders import Shown
 from megapsft.report.section import Section
 from megapsft.report.sections import (
     benchmarks,
+    comparisons,
     configs,
     noise,
     overview,
@@ -17,6 +18,7 @@ from megapsft.report.sections import (
     rewards,
     speed,
     sweeps,
+    tokens,
     training,
 )
 
@@ -24,6 +26,8 @@ SECTIONS: tuple[Callable[[Shown], Section | None], ...] = (  # in the order of t
     overview.section,
     pipelines.section,
     training.section,
+    tokens.section,
+    comparisons.section,
     benchmarks.section,
     preferences.section,
     rewards.section,

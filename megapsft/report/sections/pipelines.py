@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from megapsft.report.figure import Grid
 from megapsft.report.folders import Pipeline, Shown
-from megapsft.report.hand_off import bars, cells
+from megapsft.report.hand_off import bars, hand_off_of
 from megapsft.report.section import Section
-
-WORDS = 2  # columns without numbers
 
 
 def section(shown: Shown) -> Section | None:
@@ -19,13 +17,13 @@ def section(shown: Shown) -> Section | None:
 
 
 def _table(pipeline: Pipeline) -> Grid:
-    heading, *rows = cells(pipeline.rows)
+    table = hand_off_of(pipeline.rows)
     return Grid(
         name=f"hand-off-{pipeline.name}",
         title=f"{pipeline.name}: the model after each stage",
-        heading=heading,
-        rows=rows,
-        numbers=frozenset(range(WORDS, len(heading))),
+        heading=table.heading,
+        rows=table.rows,
+        numbers=frozenset(range(table.texts, len(table.heading))),
         note="Accuracies in % with their standard errors, lengths in tokens, entropy and KL from the start in nats a token, "
         "on the stage's own responses.",
     )

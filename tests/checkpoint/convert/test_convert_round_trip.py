@@ -35,7 +35,7 @@ from megapsft.platform.compat import save_checkpoint
 from megapsft.policy.build import unwrap
 from megapsft.train.loop import train
 from megapsft.train.plan import plan_run
-from megapsft.train.run import start as start_run
+from megapsft.train.start import start as start_run
 from tests.checkpoint.convert.folders import assert_same_tensors, make_model, tensors_in
 from tests.policy.test_families import VOCAB, start, token_ids
 from tests.ranks import run_ranks

@@ -361,15 +361,29 @@ def with_state(checkpoint: Path, state: object) -> None:
     change(checkpoint, point)
 
 
-def test_states_that_transformer_engine_pickled_are_read_without_it(checkpoint, monkeypatch):
-    """Classes are those that the delayed recipe of 2.19 names; here they cannot be imported."""
-    recipe = type("DelayedScaling", (), {"__module__": "transformer_engine.common.recipe"})
-    monkeypatch.setitem(sys.modules, "transformer_engine.common.recipe", SimpleNamespace(DelayedScaling=recipe))
+@pytest.mark.parametrize("name", ["DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling"])
+def test_states_that_transformer_engine_pickled_are_read_without_it(name, checkpoint, monkeypatch):
+    """Before 2.18 layers pickle whatever recipe they compute by. Here its class cannot be imported."""
+    recipe = type(name, (), {"__module__": "transformer_engine.common.recipe"})
+    monkeypatch.setitem(sys.modules, "transformer_engine.common.recipe", SimpleNamespace(**{name: recipe}))
     monkeypatch.setitem(sys.modules, "transformer_engine.common", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "transformer_engine", SimpleNamespace())
     with_state(checkpoint, {"recipe": recipe(), "amax_history_fwd": torch.ones(4, 3), "extra_fp8_variables": {"num_gemms": 1}})
     for name in ("", ".common", ".common.recipe"):
         monkeypatch.delitem(sys.modules, f"transformer_engine{name}")
+    check_harmless(checkpoint, read_index(checkpoint))
+
+
+def safe_load_from_bytes(content: bytes) -> object:
+    """From 0.18 on importing Megatron puts a function of its own of this name in the place of torch's."""
+
+
+def test_tensors_in_states_are_read_as_newer_megatron_has_them_pickled(checkpoint, monkeypatch):
+    with monkeypatch.context() as newer:
+        newer.setattr(safe_load_from_bytes, "__module__", "megatron.core.safe_globals")
+        newer.setitem(sys.modules, "megatron.core.safe_globals", SimpleNamespace(safe_load_from_bytes=safe_load_from_bytes))
+        newer.setattr(torch.storage, "_load_from_bytes", safe_load_from_bytes)
+        with_state(checkpoint, {"amax_history_fwd": torch.ones(4, 3)})
     check_harmless(checkpoint, read_index(checkpoint))
 
 

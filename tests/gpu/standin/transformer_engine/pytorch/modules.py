@@ -46,6 +46,7 @@ class _Stateful(torch.nn.Module):
     def _rounded(self, operands: Sequence[Tensor]) -> list[Tensor]:
         """The operands as products see them."""
         recipe = FP8GlobalStateManager.recipe
+        self.fp8 = recipe is not None
         if recipe is None:
             return list(operands)
         for tensor in operands:
