@@ -156,7 +156,7 @@ class Bars:
     """A bar for each of some names; those of several series side by side, or one on top of the other.
 
     Raises:
-        ValueError: a series that has not one value for each name, or one below 0.
+        ValueError: a series that has not one value for each name; stacked, one with a value below 0.
     """
 
     name: str
@@ -172,8 +172,8 @@ class Bars:
         for series in self.series:
             if len(series.values) != len(self.names):
                 raise ValueError(f"{series.name}: {len(series.values)} values of {len(self.names)} names")
-            if any(value < 0 for value in series.values):
-                raise ValueError(f"{series.name}: a bar begins at 0, and cannot be {min(series.values)} long")
+            if self.stacked and any(value < 0 for value in series.values):
+                raise ValueError(f"{series.name}: {min(series.values)} cannot be put on top of another bar")
 
     @property
     def words(self) -> str:

@@ -13,7 +13,7 @@ from megapsft.errors import Refused
 from megapsft.metrics.records import read_records
 from megapsft.report.run import Record, Run
 
-RECORDS, HAND_OFF, SWEEP, SCALING = "metrics.jsonl", "hand-off.json", "sweep.json", "report.json"
+RECORDS, HAND_OFF, SWEEP, SCALING, NOISE = "metrics.jsonl", "hand-off.json", "sweep.json", "report.json", "noise.json"
 REMEDY = (
     f"name folders of runs (with {RECORDS}), of pipelines (with {HAND_OFF}, or runs with a YAML beside each) "
     f"or of sweeps (with {SWEEP})"
@@ -94,6 +94,7 @@ def read_run(folder: Path, name: str) -> Run:
         evaluations=records("evaluations.jsonl"),
         config=flatten_tree(read_yaml(config)) if config.is_file() else {},
         revision=revision.read_text().strip() if revision.is_file() else "",
+        noise=_json(folder / NOISE, dict) if (folder / NOISE).is_file() else {},
     )
 
 

@@ -67,9 +67,7 @@ def of_passes(rows: Sequence[Row]) -> list[str]:
 
 
 def bars(rows: Sequence[Row], pipeline: str = "") -> list[Bars]:
-    """Accuracy, pass@k of the largest k, length, entropy and KL (k3) after each stage, a bar for each benchmark.
-
-    k1 is in the table alone: an estimate that may be negative.
+    """Accuracy, pass@k of the largest k, length, entropy and both estimates of the KL after each stage, a bar for each benchmark.
 
     Args:
         rows: with standard errors, where there are any.
@@ -78,7 +76,7 @@ def bars(rows: Sequence[Row], pipeline: str = "") -> list[Bars]:
     titles = {"avg": ("Accuracy, avg@n", "% of responses", 100.0)}
     titles |= {key: (key, "% of problems", 100.0) for key in of_passes(rows)[-1:]}
     titles |= {"length": ("Length of responses", "tokens", 1.0), "entropy": ("Entropy", "nats a token", 1.0)}
-    titles |= {"kl_k3": ("KL from the start, k3", "nats a token", 1.0)}
+    titles |= {f"kl_{kind}": (f"KL from the start, {kind}", "nats a token", 1.0) for kind in ("k1", "k3")}
     stages, benchmarks = (list(dict.fromkeys(row[key] for row in rows)) for key in ("stage", "benchmark"))
     found = []
     for key, (title, unit, size) in titles.items():

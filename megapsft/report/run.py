@@ -28,6 +28,7 @@ class Run:
     evaluations: Sequence[Record] = ()  # evaluations.jsonl
     config: Mapping[str, Any] = field(default_factory=dict)  # key of config.yaml, with dots -> value
     revision: str = ""  # revision.txt
+    noise: Mapping[str, Any] = field(default_factory=dict)  # noise.json
 
     @cached_property
     def phases(self) -> list[Phase]:

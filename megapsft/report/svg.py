@@ -159,11 +159,24 @@ def _outline(x: Axis, y: Axis, edges: Numbers, series: Series) -> Iterator[str]:
     yield f'<path class="band" d="{path}z"/><path class="line" d="{path}"/>'
 
 
-def _ends(series: Series) -> Iterator[float]:
-    """Where bars end, with their error bars."""
-    for number, value in enumerate(series.values):
-        error = series.errors[number] if series.errors is not None else 0.0
-        yield sum(part for part in (value, error) if math.isfinite(part))
+def _reach(bars: Bars) -> tuple[float, float]:
+    """The least and the largest number that has to be drawn, error bars and 0 among them."""
+    if bars.stacked:
+        sums = [sum(filter(math.isfinite, values)) for values in zip(*(series.values for series in bars.series), strict=True)]
+        return 0.0, max([*sums, 0.0]) or 1.0
+    ends = [0.0]
+    for series in bars.series:
+        for number, value in enumerate(series.values):
+            half = _half(series, number)
+            ends += [value - half, value + half] if math.isfinite(value) else []
+    low, high = min(ends), max(ends)
+    return (low, high) if high > low else (0.0, 1.0)
+
+
+def _half(series: Series, number: int) -> float:
+    """Of an error bar; 0 where there is none."""
+    error = math.nan if series.errors is None else series.errors[number]
+    return error if math.isfinite(error) else 0.0
 
 
 def _height(bars: Bars) -> int:
@@ -173,32 +186,30 @@ def _height(bars: Bars) -> int:
 
 def _bars(bars: Bars) -> Iterator[str]:
     """Lying, each under its name: names of any length have room, on a phone too."""
-    parts = [[max(value, 0.0) if math.isfinite(value) else 0.0 for value in series.values] for series in bars.series]
-    ends = map(sum, zip(*parts, strict=True)) if bars.stacked else chain(*map(_ends, bars.series))
+    low, high = _reach(bars)
     room = 4 if bars.stacked else 64  # for the number behind a bar
-    scale = (WIDTH - 4 - room) / (max(ends, default=0.0) or 1.0)
+    scale = (WIDTH - 4 - room) / (high - low)
+    zero = 2 - low * scale
     yield f'<text class="label" x="2" y="11">{escape(bars.y_label)}</text>'
     top = float(TOP)
     for number, name in enumerate(bars.names):
         yield f'<text class="name" x="2" y="{top + ROW - 5}">{escape(name)}</text>'
-        top, across = top + ROW, 2.0
-        for series, of_series in zip(bars.series, parts, strict=True):
-            value, length = series.values[number], of_series[number] * scale
-            error = f" ± {series.errors[number]:.3g}" if series.errors is not None else ""
-            said = f"{name}, {series.name}: {value:.4g}{error} {bars.y_label}"
-            box = f'x="{across:.1f}" y="{top}" width="{length:.1f}" height="{BAR}"'
+        top, begin = top + ROW, zero
+        for series in bars.series:
+            value, half = series.values[number], _half(series, number)
+            length = value * scale if math.isfinite(value) else 0.0
+            said = f"{name}, {series.name}: {value:.4g}{f' ± {half:.3g}' if half else ''} {bars.y_label}"
+            box = f'x="{min(begin, begin + length):.1f}" y="{top}" width="{abs(length):.1f}" height="{BAR}"'
             yield f'<g {coloured(series.colour, series.tint)}><rect class="bar" {box}><title>{escape(said)}</title></rect>'
-            half = series.errors[number] * scale if series.errors is not None and math.isfinite(series.errors[number]) else 0.0
             if half:
-                low, high = (across + length + sign * half for sign in (-1, 1))
-                yield f'<path class="whisker" d="M{low:.1f},{top + BAR / 2}H{high:.1f}v-3v6"/>'
+                left, right = (begin + length + sign * half * scale for sign in (-1, 1))
+                yield f'<path class="whisker" d="M{left:.1f},{top + BAR / 2}H{right:.1f}v-3v6"/>'
             yield "</g>"
             if bars.stacked:
-                across += length
+                begin += length
             else:
-                past = length + half
-                number_at = f'x="{across + past + 5:.1f}" y="{top + BAR - 1}"'
-                yield f"<text {number_at}>{'–' if math.isnan(value) else written(value)}</text>"
+                past = max(zero, zero + length + half * scale) + 5
+                yield f'<text x="{past:.1f}" y="{top + BAR - 1}">{"–" if math.isnan(value) else written(value)}</text>'
                 top += BAR + 2
         top += (BAR + 2 if bars.stacked else 0) + 4
 

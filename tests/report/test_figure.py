@@ -61,7 +61,9 @@ def test_bars_a_text_and_a_cloud_in_words():
         lambda: line([1.0], low=[1.0, 2.0], high=[1.0]),
         lambda: Histogram(name="a", title="a", x_label="", y_label="", edges=[0, 1], series=[Series(name="b", values=[1, 2])]),
         lambda: Bars(name="a", title="a", x_label="", y_label="", names=["x"], series=[Series(name="b", values=[])]),
-        lambda: Bars(name="a", title="a", x_label="", y_label="", names=["x"], series=[Series(name="b", values=[-1.0])]),
+        lambda: Bars(
+            name="a", title="a", x_label="", y_label="", names=["x"], series=[Series(name="b", values=[-1.0])], stacked=True
+        ),
         lambda: Grid(name="a", title="a", heading=["x"], rows=[["1", "2"]]),
     ],
 )
@@ -170,6 +172,8 @@ def test_bars_are_as_long_as_their_numbers():
     stacked = list(parsed(drawing(Bars(series=series, stacked=True, **options))).iter("rect"))
     assert float(stacked[3].get("x")) == pytest.approx(float(stacked[2].get("x")) + float(stacked[2].get("width")), abs=0.2)
     assert "--c:#123456" in drawing(Bars(series=series, **options))
+    below = list(parsed(drawing(Bars(series=[Series(name="a", values=[-1.0, 3.0])], **options))).iter("rect"))
+    assert float(below[0].get("x")) + float(below[0].get("width")) == pytest.approx(float(below[1].get("x")), abs=0.2)
 
 
 def test_a_heat_a_cloud_and_a_table():

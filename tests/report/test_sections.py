@@ -17,6 +17,7 @@ from megapsft.report.run import Run
 from megapsft.report.sections import (
     benchmarks,
     configs,
+    noise,
     overview,
     pipelines,
     preferences,
@@ -175,6 +176,16 @@ def test_memory_throughput_rewards_and_preferences_have_their_units():
     told = of(preferences.section, runs=[run(updates=[update(1, 1, **{"rewards/margins": 0.5})])])
     assert list(told) == ["dpo-margin"]
     assert preferences.section(Shown(runs=[run()])) is None
+
+
+def test_noise_that_the_gate_measured():
+    found = {"count": 1000, "unit": "ratios", "differ": 0.5, "mean_abs_log_ratio": 0.001, "clipped": 0.002, "limit": 0.01}
+    shown = of(noise.section, runs=[run(noise=found | {"quantiles": {"0.5": 0.001, "0.99": 0.02}}), run("exact")])
+    assert shown["noise"].rows == [["psft", "1,000 ratios", "50", "0.001", "0.2", "1"]]
+    assert (shown["noise-quantiles"].names, shown["noise-quantiles"].series[0].values) == (
+        ["50 % quantile", "99 % quantile"], [0.001, 0.02],
+    )  # fmt: skip
+    assert noise.section(Shown(runs=[run()])) is None
 
 
 def test_what_no_section_knows_is_drawn_and_what_never_changes_is_said():
