@@ -26,8 +26,10 @@ class Ended:
 
 
 def warm_up() -> None:
-    """Import what every run imports. Nothing here may touch a process group: that is the children's."""
+    """Import what every run imports, some of it only when it is used. No process group is touched: that is the children's."""
     import torch
+    import torch._dynamo
+    from transformers import AutoTokenizer, Qwen3ForCausalLM  # noqa: F401  each is a module that is loaded when it is asked for
 
     import megapsft.checkpoint.hf_save
     import megapsft.cli

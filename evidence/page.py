@@ -20,7 +20,7 @@ from megapsft.report.figure import Grid
 from megapsft.report.html import figure
 from megapsft.report.style import document, section, write
 
-TITLE = "The papers' findings on a tiny model"
+TITLE = "What the papers found, on a tiny model"
 INTERVALS = "A ± is a 95 % interval by Student's t over seeds; a difference is paired by seed."
 
 

@@ -1,4 +1,4 @@
-"""Whether a response is right, as a reward of the user's own: nothing has to be imported for it, and a run starts a worker three times."""
+"""Whether a response is right, as a reward of the user's own: its worker, which each evaluation starts, has nothing to import."""
 
 import re
 from collections.abc import Mapping

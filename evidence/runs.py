@@ -51,8 +51,9 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@cache  # and a source that is edited while runs are made is that of the next command
 def data_digest(amounts: Amounts) -> str:
-    """Of the files that `make_files` makes: what they are asked to hold, and the text of what makes them and says who is right."""
+    """Of the files that `make_files` makes: their amounts, and the text of what makes them, and of what says who is right."""
     return digest_of([vars(amounts), *((HERE / name).read_text() for name in ("tasks.py", "right.py"))])
 
 

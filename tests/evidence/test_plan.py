@@ -70,5 +70,6 @@ def test_a_changed_setting_redoes_what_depends_on_it():
 
     assert redone(dpo_steps=FULL.dpo_steps + 1) == {"sft -> dpo", "psft -> dpo"}
     assert redone(rl_steps=FULL.rl_steps + 9) == {"sft -> grpo", "psft -> grpo", "srft"}
-    assert redone(pretrain_steps=FULL.pretrain_steps + 1) == redone(amounts=replace(FULL.amounts, problems=7)) == set(table(FULL))
+    everything = {name.partition(",")[0] for name in table(FULL)}
+    assert redone(pretrain_steps=FULL.pretrain_steps + 1) == redone(amounts=replace(FULL.amounts, problems=7)) == everything
     assert redone() == set()
