@@ -12,8 +12,8 @@ FIXED = "psft, fixed reference"
 CLIPS = {"0.1": 0.1, "0.2": 0.2, "0.28": 0.28, "0.4": 0.4, "none": None}
 REFRESHES = (1, 2, 4, 16)  # updates of an old policy, beside those of a step of the other runs: minibatches in `batch`
 RESPONSES = 8  # to a prompt, as in configs/rl.yaml
-FINE = (3e-4, 1e-3, 3e-3)  # learning rates that are tried, where one starts from the base
-FURTHER = (1e-4, 3e-4, 1e-3)  # and where one starts from another method's model, or samples
+RATES = (1e-4, 3e-4, 1e-3)  # learning rates that are tried
+DPO_RATES = (3e-5, 1e-4, 3e-4)  # and of DPO
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Method:
     rows: str = "demonstrations"
     set: tuple[str, ...]
     start: str | None = BASE
-    rates: tuple[float, ...] = FINE
+    rates: tuple[float, ...] = RATES
     rate_of: str | None = None
     rate_keys: tuple[str, ...] = ("optimizer.lr",)  # of the config, that the rate is
     samples: int  # demonstrations, responses and sides of pairs that are trained on, the same one twice counted twice
@@ -107,9 +107,9 @@ def _rl(sizes: Sizes, objective: str, steps: int, of_a_prompt: int, start: str) 
     prompts = sizes.rl_prompts
     settings = (f"objective.name={objective}", f"train.batch_size={prompts}", f"train.minibatch_size={prompts // 2}",
                 f"train.steps={steps}", f"evaluate.interval={max(1, steps // 2)}")  # fmt: skip
-    return Method(config="rl.yaml", set=settings, start=start, rates=FURTHER, samples=steps * prompts * of_a_prompt)
+    return Method(config="rl.yaml", set=settings, start=start, samples=steps * prompts * of_a_prompt)
 
 
 def _dpo(sizes: Sizes, start: str) -> Method:
     settings = (f"train.steps={sizes.dpo_steps}", f"evaluate.interval={sizes.dpo_steps}")
-    return Method(config="dpo.yaml", rows="preferences", set=settings, start=start, rates=FURTHER, samples=sizes.dpo_steps * 64)
+    return Method(config="dpo.yaml", rows="preferences", set=settings, start=start, rates=DPO_RATES, samples=sizes.dpo_steps * 64)

@@ -13,7 +13,7 @@ from typing import Any
 from evidence.claims import CLAIMS, Claim
 from evidence.plan import RULE
 from evidence.results import Results, final, from_json, mean, to_json
-from evidence.sizes import Sizes
+from evidence.sizes import FULL, Sizes
 from evidence.tasks import Amounts
 from evidence.verdict import Verdict
 from megapsft.report.figure import Grid
@@ -21,6 +21,7 @@ from megapsft.report.html import figure
 from megapsft.report.style import document, section, write
 
 TITLE = "What the papers found, on a tiny model"
+SMALL = "At other sizes than the whole has: it shows that everything runs, and says nothing of the papers."
 INTERVALS = "A ± is a 95 % interval by Student's t over seeds; a difference is paired by seed."
 
 
@@ -58,7 +59,8 @@ def write_page(results: Results, sizes: Sizes, path: Path) -> None:
         section("Methods", figure(method_table(results))),
         section("How it was made", f"<p>{escape(_made(results, sizes))}</p>"),
     ]
-    write(document(TITLE, f"<h1>{escape(TITLE)}</h1>" + "".join(whole)), path)
+    small = "" if sizes == FULL else f"<p><b>{escape(SMALL)}</b></p>"
+    write(document(TITLE, f"<h1>{escape(TITLE)}</h1>{small}" + "".join(whole)), path)
 
 
 def claim_table(verdicts: Mapping[str, Verdict]) -> Grid:
@@ -84,7 +86,7 @@ def _section(claim: Claim, verdict: Verdict, results: Results, sizes: Sizes) -> 
     paragraphs = (
         f"<p><b>Here it {escape(verdict.outcome)}</b>: {escape(_numbers(verdict))}.</p>",
         f'<p class="soft">Criterion, fixed before there were results: {escape(claim.criterion)}; it holds where the 95 % '
-        "interval of each difference lies above 0, does not where one lies below, and else is undecided. "
+        "interval of each difference lies above 0, does not where one lies below or all are 0, and else is undecided. "
         f"Source: {escape(claim.source)}.</p>",
     )
     beside = [(name, str(one)) for name, one in verdict.beside.items()]

@@ -24,8 +24,8 @@ class Sizes:
 
 
 FULL = Sizes(
-    amounts=Amounts(pretrain=8000, demonstrations=256, problems=200),
-    seeds=(1, 2, 3), rates=3, pretrain_steps=300, steps=40, batch=128, minibatch=16, rl_steps=30, rl_prompts=16, dpo_steps=8,
+    amounts=Amounts(pretrain=8000, demonstrations=128, problems=200),
+    seeds=(1, 2, 3, 4, 5), rates=3, pretrain_steps=300, steps=80, batch=64, minibatch=8, rl_steps=30, rl_prompts=16, dpo_steps=8,
 )  # fmt: skip
 CI = Sizes(
     amounts=Amounts(pretrain=128, demonstrations=32, problems=3),

@@ -7,7 +7,7 @@ import pytest
 
 from evidence.claims import CLAIMS
 from evidence.interval import interval
-from evidence.page import TITLE, claim_table, judge_all, method_table, read_json, write_json, write_page
+from evidence.page import SMALL, TITLE, claim_table, judge_all, method_table, read_json, write_json, write_page
 from evidence.pictures import accuracies, bars, curves, in_and_out
 from evidence.results import final, mean_of
 from megapsft.report.figure import Bars, Chart
@@ -85,6 +85,7 @@ def test_json_and_page(tmp_path):
     write_page(RESULTS, SIZES, tmp_path / "evidence.html")
     page = (tmp_path / "evidence.html").read_text()
     assert TITLE in page
+    assert SMALL in page  # three seeds
     assert not re.search(r"(?:src|href)=.?https?:", page)
     for claim in CLAIMS:
         for figure in claim.draw(RESULTS, SIZES):
