@@ -15,7 +15,7 @@ class Sizes:
     seeds: tuple[int, ...]  # of models, orders of rows, and samples; learning rates are tuned at the first
     rates: int  # learning rates that are tried for each method: the middle ones of those that there are
     pretrain_steps: int
-    steps: int  # of fine-tuning; divisible by 4
+    steps: int  # of fine-tuning; an eighth, a quarter and a half of them are the warm-ups
     batch: int  # demonstrations of a step; the old policy of PSFT is refreshed once a step
     minibatch: int  # demonstrations of an update
     rl_steps: int
@@ -25,7 +25,7 @@ class Sizes:
 
 FULL = Sizes(
     amounts=Amounts(pretrain=8000, demonstrations=128, problems=200),
-    seeds=(1, 2, 3, 4, 5), rates=3, pretrain_steps=300, steps=80, batch=64, minibatch=8, rl_steps=30, rl_prompts=16, dpo_steps=8,
+    seeds=(1, 2, 3, 4, 5), rates=3, pretrain_steps=330, steps=80, batch=64, minibatch=8, rl_steps=30, rl_prompts=16, dpo_steps=8,
 )  # fmt: skip
 CI = Sizes(
     amounts=Amounts(pretrain=128, demonstrations=32, problems=3),
