@@ -145,6 +145,11 @@ bench-head: venv
 	$(PY) -m pip install --quiet -c requirements/laptop.txt trl==1.16.0
 	$(PY) benchmarks/head.py
 
+## evidence    the papers' findings on a tiny model, from nothing to docs/results/evidence.html; goes on where it was ended
+.PHONY: evidence
+evidence: venv
+	$(PY) -m evidence
+
 ## docs        write docs/configuration.md, docs/metrics.md and docs/commands.md again, from the source
 .PHONY: docs
 docs: venv

@@ -1,0 +1,1 @@
+"""The papers' findings at laptop scale, from nothing to a report: `make evidence`."""

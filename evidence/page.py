@@ -1,0 +1,116 @@
+"""The results as JSON and as one HTML page: both from what came of the runs alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from evidence.claims import CLAIMS, Claim
+from evidence.plan import RULE
+from evidence.results import Results, final, from_json, mean, to_json
+from evidence.sizes import FULL, Sizes
+from evidence.tasks import Amounts
+from evidence.verdict import Verdict
+from megapsft.report.figure import Grid
+from megapsft.report.html import figure
+from megapsft.report.style import document, section, write
+
+TITLE = "What the papers found, on a tiny model"
+SMALL = "At other sizes than the whole has: it shows that everything runs, and says nothing of the papers."
+INTERVALS = "A ± is a 95 % interval by Student's t over seeds; a difference is paired by seed."
+
+
+def judge_all(results: Results, sizes: Sizes) -> dict[str, Verdict]:
+    """By the letter of the claim."""
+    return {claim.letter: claim.judge(results, sizes) for claim in CLAIMS}
+
+
+def write_json(results: Results, sizes: Sizes, path: Path) -> None:
+    """Sizes, what came of every run, and what became of every claim; the old file or the new one."""
+    verdicts = judge_all(results, sizes)
+    claims = {claim.letter: _words(claim) | verdicts[claim.letter].to_json() for claim in CLAIMS}
+    tree = {"sizes": asdict(sizes), "claims": claims, "methods": to_json(results)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text(json.dumps(tree, allow_nan=False, default=vars, separators=(",", ":")) + "\n")
+    os.replace(beside, path)
+
+
+def read_json(path: Path) -> tuple[Results, Sizes]:
+    """What `write_json` wrote, but for the verdicts, which follow from it."""
+    tree: Mapping[str, Any] = json.loads(path.read_text())
+    sizes = tree["sizes"] | {"amounts": Amounts(**tree["sizes"]["amounts"]), "seeds": tuple(tree["sizes"]["seeds"])}
+    return from_json(tree["methods"]), Sizes(**sizes)
+
+
+def write_page(results: Results, sizes: Sizes, path: Path) -> None:
+    """The page, which needs nothing else."""
+    verdicts = judge_all(results, sizes)
+    whole = [
+        section("Claims", figure(claim_table(verdicts))),
+        *(_section(claim, verdicts[claim.letter], results, sizes) for claim in CLAIMS),
+    ]
+    whole += [
+        section("Methods", figure(method_table(results))),
+        section("How it was made", f"<p>{escape(_made(results, sizes))}</p>"),
+    ]
+    small = "" if sizes == FULL else f"<p><b>{escape(SMALL)}</b></p>"
+    write(document(TITLE, f"<h1>{escape(TITLE)}</h1>{small}" + "".join(whole)), path)
+
+
+def claim_table(verdicts: Mapping[str, Verdict]) -> Grid:
+    """A row for each claim."""
+    rows = [(claim.letter, claim.title, verdicts[claim.letter].outcome, _numbers(verdicts[claim.letter])) for claim in CLAIMS]
+    heading = ("", "claim", "here it", "decided by")
+    return Grid(name="claims", title="What became of every claim", heading=heading, rows=rows, note=INTERVALS)
+
+
+def method_table(results: Results) -> Grid:
+    """A row for each method: what it trained on, its learning rate and what else was tried, and how it ended."""
+    rows = []
+    for name, one in results.items():
+        tried = ", ".join(f"{rate:g}: {accuracy:.3f}" for rate, accuracy in one.tried.items()) or "none of its own"
+        found = (str(mean(results, name, final(family))) for family in ("in", "out"))
+        rows.append((name, f"{one.samples:,}", f"{one.rate:g}", tried, *found))
+    heading = ("method", "samples", "learning rate", "tried: validation accuracy", "in-domain", "out of domain")
+    note = f"Learning rate: {RULE}. A method without a trial of its own is a variant, and takes that of PSFT."
+    return Grid(name="methods", title="Every method", heading=heading, rows=rows, numbers=frozenset({1, 2, 4, 5}), note=note)
+
+
+def _section(claim: Claim, verdict: Verdict, results: Results, sizes: Sizes) -> str:
+    paragraphs = (
+        f"<p><b>Here it {escape(verdict.outcome)}</b>: {escape(_numbers(verdict))}.</p>",
+        f'<p class="soft">Criterion, fixed before there were results: {escape(claim.criterion)}; it holds where the 95 % '
+        "interval of each difference lies above 0, does not where one lies below or all are 0, and else is undecided. "
+        f"Source: {escape(claim.source)}.</p>",
+    )
+    beside = [(name, str(one)) for name, one in verdict.beside.items()]
+    table = Grid(name=f"{claim.letter}-beside", title="Beside it", heading=("number", "value"), rows=beside, note=INTERVALS)
+    figures = "".join(figure(one) for one in (*claim.draw(results, sizes), table))
+    return section(f"({claim.letter}) {claim.title}", "".join(paragraphs) + f'<div class="figures">{figures}</div>')
+
+
+def _words(claim: Claim) -> dict[str, str]:
+    return {"title": claim.title, "source": claim.source, "criterion": claim.criterion}
+
+
+def _numbers(verdict: Verdict) -> str:
+    return "; ".join(f"{name}: {one}" for name, one in verdict.decided_by.items())
+
+
+def _made(results: Results, sizes: Sizes) -> str:
+    runs = [run for one in results.values() for run in one.runs.values()]
+    spent = sum(run.core_seconds for run in runs)
+    return (
+        f"{len(sizes.seeds)} seeds, each with a model of its own that was pretrained on both families of problems and then "
+        f"fine-tuned on {sizes.amounts.demonstrations} demonstrations of one, {sizes.steps * sizes.batch:,} samples in "
+        f"{sizes.steps * sizes.batch // sizes.amounts.demonstrations} epochs. Accuracy is that of one response at temperature 1 "
+        f"to each of {sizes.amounts.problems} problems that no run was trained on. The {len(runs)} runs of this page took "
+        f"{spent:,.0f} core-seconds, those for learning rates come on top. `make evidence` makes all of it again; what the "
+        "problems are, and what this cannot show, is in docs/evidence.md."
+    )
