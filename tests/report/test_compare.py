@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from megapsft.errors import Refused
-from megapsft.report import compare
 from megapsft.report.compare import figures, read_json, show_comparison, summary, write_json, write_page
 from megapsft.report.dynamics import distance_grid, distances, dynamics
 from megapsft.report.shifts import heat, last_of_each, shift_histogram, words
@@ -103,11 +100,10 @@ def test_the_summary(made):
     assert teacher[-1] == "0.0%"
 
 
-def test_the_table_is_printed(made, monkeypatch):
-    console = Console(width=160, file=io.StringIO())
-    monkeypatch.setattr(compare, "Console", lambda: console)
+def test_the_table_is_printed(made, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "160")
     show_comparison(made)
-    text = console.file.getvalue()
+    text = capsys.readouterr().out
     assert "6 tokens of 2 responses of train.jsonl" in text
     assert "|shift|>0.5" in text
     assert "+0.0900" in text
