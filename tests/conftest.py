@@ -33,6 +33,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(together))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """A version of pytest that pytest-xdist does not know makes it forget the groups, and every worker starts servers."""
+    loose = [item.nodeid for item in session.items if "@" not in item.nodeid]
+    if session.config.getoption("loadgroup", False) and loose:
+        raise pytest.UsageError(f"--dist loadgroup leaves {loose[0]} in no group: install what requirements/laptop.txt pins")
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """JSONL of 64 generated problems, columns `question` and `answer`."""

@@ -72,8 +72,8 @@ class SDPAttention(MegatronModule):
         else:
             lengths = [query.shape[0]]
         if cp > 1:
-            key = gather_from_sequence_parallel_region(key, group=self.cp_group)
-            value = gather_from_sequence_parallel_region(value, group=self.cp_group)
+            both = gather_from_sequence_parallel_region(torch.cat((key, value), dim=-1), group=self.cp_group)  # one message
+            key, value = both.split((key.shape[-1], value.shape[-1]), dim=-1)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, heads, S, d]
         if query.shape[1] != key.shape[1]:  # spelt out: SDPA's own enable_gqa leaves the fused CPU kernel
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))

@@ -44,14 +44,16 @@ def measure_objectives(
     reference = Swapped()
     import_hf(policy.gpt_models(), models["ref"], plan.hf)
     reference.take(policy)
-    results = []
-    for section in sections:
-        objective = build_objective(section)
+    objectives = [build_objective(section) for section in sections]
+    import_hf(policy.gpt_models(), models["old"], plan.hf)
+    prepared = []
+    for objective in objectives:
         kind = "preferences" if "preferences" in objective.trains_on else "rollouts"
         run = Run(plans[kind], policy, optimizer, None, plans[kind].rows, reference=reference)
-        import_hf(policy.gpt_models(), models["old"], plan.hf)
-        run, batch = prepare(run, objective)
-        import_hf(policy.gpt_models(), models["new"], plan.hf)
+        prepared.append(prepare(run, objective))
+    import_hf(policy.gpt_models(), models["new"], plan.hf)
+    results = []
+    for section, objective, (run, batch) in zip(sections, objectives, prepared, strict=True):
         (minibatch,) = batch.minibatches
         report = update(policy, objective, optimizer, minibatch, 0.0, reference)
         gradient = whole_gradient(policy)

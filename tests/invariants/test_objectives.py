@@ -19,18 +19,18 @@ TOLERANCE = 1e-5
 DEFAULTS = [{"name": name} | variants(name)[0] for name in objective_names()]
 VARIANTS = [{"name": name} | options for name in objective_names() for options in variants(name)]
 SPLITS = [
-    ("dense", split("cp2", 2, pack=256, cp=2), VARIANTS),
-    ("dense", split("dp2", 2, pack=256), VARIANTS),
+    ("dense", split("cp2", 2, pack=512, cp=2), VARIANTS),
+    ("dense", split("dp2", 2, pack=512), VARIANTS),
     ("dense", split("packed to 1024", pack=1024), DEFAULTS),
-    ("dense", split("tp2+cp2+sp", 4, pack=256, tp=2, cp=2, sp=True), DEFAULTS),
-    ("dense", split("tp2", 2, pack=256, tp=2), DEFAULTS),
+    ("dense", split("tp2+cp2+sp", 4, pack=512, tp=2, cp=2, sp=True), DEFAULTS),
+    ("dense", split("tp2", 2, pack=512, tp=2), DEFAULTS),
     ("dense", split("cp2 unpacked", 2, packing=False, mbs=2, cp=2), DEFAULTS),
-    ("dense", split("pp2+vpp2", 2, pack=256, pp=2, vpp=2), DEFAULTS),
-    ("dense", split("dp2+zero1", 2, pack=256, zero1=True), DEFAULTS),
-    ("moe", split("tp2+sp", 2, pack=256, tp=2, sp=True), DEFAULTS),
-    ("moe", split("cp2 recompute full", 2, pack=256, cp=2, recompute="full"), DEFAULTS),
-    ("moe", split("pp2", 2, pack=256, pp=2), DEFAULTS),
-    ("moe", split("ep2", 2, pack=256, ep=2), DEFAULTS),
+    ("dense", split("pp2+vpp2", 2, pack=512, pp=2, vpp=2), DEFAULTS),
+    ("dense", split("dp2+zero1", 2, pack=512, zero1=True), DEFAULTS),
+    ("moe", split("tp2+sp", 2, pack=512, tp=2, sp=True), DEFAULTS),
+    ("moe", split("cp2 recompute full", 2, pack=512, cp=2, recompute="full"), DEFAULTS),
+    ("moe", split("pp2", 2, pack=512, pp=2), DEFAULTS),
+    ("moe", split("ep2", 2, pack=512, ep=2), DEFAULTS),
 ]
 EXPERTS = ("model.moe_aux_loss_coeff=0.1",)
 REFERENCE = split("1 rank", packing=False, mbs=2)
