@@ -19,18 +19,18 @@ TOLERANCE = 1e-5
 DEFAULTS = [{"name": name} | variants(name)[0] for name in objective_names()]
 VARIANTS = [{"name": name} | options for name in objective_names() for options in variants(name)]
 SPLITS = [
-    ("dense", split("cp2", 2, pack=512, cp=2), VARIANTS),
-    ("dense", split("dp2", 2, pack=512), VARIANTS),
+    ("dense", split("cp2", 2, pack=192, cp=2), VARIANTS),
+    ("dense", split("dp2", 2, pack=192), VARIANTS),
     ("dense", split("packed to 1024", pack=1024), DEFAULTS),
-    ("dense", split("tp2+cp2+sp", 4, pack=512, tp=2, cp=2, sp=True), DEFAULTS),
-    ("dense", split("tp2", 2, pack=512, tp=2), DEFAULTS),
+    ("dense", split("tp2+cp2+sp", 4, pack=192, tp=2, cp=2, sp=True), DEFAULTS),
+    ("dense", split("tp2", 2, pack=192, tp=2), DEFAULTS),
     ("dense", split("cp2 unpacked", 2, packing=False, mbs=2, cp=2), DEFAULTS),
-    ("dense", split("pp2+vpp2", 2, pack=512, pp=2, vpp=2), DEFAULTS),
-    ("dense", split("dp2+zero1", 2, pack=512, zero1=True), DEFAULTS),
-    ("moe", split("tp2+sp", 2, pack=512, tp=2, sp=True), DEFAULTS),
-    ("moe", split("cp2 recompute full", 2, pack=512, cp=2, recompute="full"), DEFAULTS),
-    ("moe", split("pp2", 2, pack=512, pp=2), DEFAULTS),
-    ("moe", split("ep2", 2, pack=512, ep=2), DEFAULTS),
+    ("dense", split("pp2+vpp2", 2, pack=192, pp=2, vpp=2), DEFAULTS),
+    ("dense", split("dp2+zero1", 2, pack=192, zero1=True), DEFAULTS),
+    ("moe", split("tp2+sp", 2, pack=192, tp=2, sp=True), DEFAULTS),
+    ("moe", split("cp2 recompute full", 2, pack=192, cp=2, recompute="full"), DEFAULTS),
+    ("moe", split("pp2", 2, pack=192, pp=2), DEFAULTS),
+    ("moe", split("ep2", 2, pack=192, ep=2), DEFAULTS),
 ]
 EXPERTS = ("model.moe_aux_loss_coeff=0.1",)
 REFERENCE = split("1 rank", packing=False, mbs=2)
@@ -41,8 +41,8 @@ def world(tmp_path_factory):
     """measure(kind, split, sections), on data and models made once."""
     folder = tmp_path_factory.mktemp("objectives")
     data = {"rollouts": folder / "rollouts.jsonl", "preferences": folder / "preferences.jsonl"}
-    write_jsonl(data["rollouts"], rollouts(generate(24, 7), seed=0, each=3))
-    write_jsonl(data["preferences"], preferences(generate(24, 7), seed=0))
+    write_jsonl(data["rollouts"], rollouts(generate(24, 7, "easy"), seed=0, each=3))
+    write_jsonl(data["preferences"], preferences(generate(24, 7, "easy"), seed=0))
     models, references = {}, {}
 
     def measure(kind, case, sections):
