@@ -2,14 +2,15 @@
 
     python serve.py PARENT_PID --model-path ... --host 127.0.0.1 --port ... (arguments of sglang.launch_server)
 
-SGLang's own processes import this file once more before anything else, as `spawn` has it; what stands at its end holds for them
-too.
+With CUDA SGLang's own processes import this file once more before anything else, as `spawn` has it; what stands at its end holds
+for them too. Without it they are forked, and import nothing again.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib
+import multiprocessing
 import os
 import signal
 import socket
@@ -48,6 +49,22 @@ def stay_on_loopback() -> None:
     rendezvous.TCPStore = on_loopback
 
 
+def fork_its_processes() -> None:
+    """Let SGLang's processes have what this one has imported: a server starts in half the time, and in less memory.
+
+    It asks for `spawn`, which CUDA needs. Where another thread runs by then, a fork would not be safe, and it gets it.
+    """
+    forking: list[int] = []
+    os.register_at_fork(before=lambda: forking.append(os.getpid()), after_in_child=lambda: die_with(forking[-1]))
+    set_start_method = multiprocessing.set_start_method
+
+    def fork_instead(method: str | None, force: bool = False) -> None:
+        alone = len(os.listdir("/proc/self/task")) == 1
+        set_start_method("fork" if method == "spawn" and alone else method, force)
+
+    multiprocessing.set_start_method = fork_instead
+
+
 def prepare_cpu(arguments: list[str]) -> list[str]:
     """What a machine without CUDA needs: stand-ins for packages that need it, and arguments, before those of the user."""
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
@@ -68,6 +85,8 @@ def main() -> None:
 
     if not torch.cuda.is_available():
         arguments = prepare_cpu(arguments)
+        if sys.platform == "linux":
+            fork_its_processes()
     sys.argv[1:] = arguments
     from sglang.launch_server import run_server
     from sglang.srt.plugins import load_plugins
