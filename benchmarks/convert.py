@@ -47,6 +47,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from megapsft.report.figure import Bars, Series
+from megapsft.report.stored import write_measurement
+
 # Neither numpy nor torch here: the memory of this process is the least that can be measured of a child.
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,8 +59,7 @@ CHUNK_BYTES = 16 * 2**20
 PEER_MEMORY = {"transformers": 1.5, "bridge": 2.2}  # of the source's bytes, without the pages of mapped files
 SAMPLE_SECONDS = 0.02
 ALWAYS = ("cp", "dd", "import", "export")
-COLOURS = {"cp": "#999999", "dd": "#cccccc", "import": "#1f77b4", "export": "#17becf", "transformers": "#ff7f0e",
-           "bridge": "#2ca02c"}  # fmt: skip
+ORDER = ("cp", "dd", "import", "export", "transformers", "bridge")
 
 
 @dataclass(frozen=True)
@@ -450,7 +452,7 @@ def summary(turns: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """By what was run: medians, and ratios to `cp` of the same round."""
     cp = {turn["round"]: turn for turn in turns if turn["what"] == "cp"}
     found = {}
-    for name in COLOURS:
+    for name in ORDER:
         own = [turn for turn in turns if turn["what"] == name]
         if not own:
             continue
@@ -495,35 +497,26 @@ def filesystem(folder: Path) -> str:
     return "unknown"
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Time over that of `cp`, and peak memory, by size."""
-    import matplotlib
+def pictures(result: dict[str, Any]) -> list[Bars]:
+    """Time over that of `cp`, and peak memory, by size; a gap where one was left out."""
+    sizes, here = result["sizes"], result["machine"]
+    names = [name for name in ORDER if any(name in size["summary"] for size in sizes)]
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    def bars(name: str, key: str, unit: float, title: str, y_label: str) -> Bars:
+        series = [
+            Series(
+                name=f"{size['source']['bytes'] / 1e9:.3g} GB", colour=colour,
+                values=[size["summary"][what][key] / unit if what in size["summary"] else math.nan for what in names],
+            )
+            for colour, size in enumerate(sizes)
+        ]  # fmt: skip
+        note = f"A model of the shape of Qwen3-30B-A3B; {here['cpus']} cores, {here['filesystem']}, cold page cache."
+        return Bars(name=name, title=title, x_label="converter", y_label=y_label, names=names, series=series, note=note)
 
-    sizes = result["sizes"]
-    names = [name for name in COLOURS if any(name in size["summary"] for size in sizes)]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
-    panels = ((left, "wall_over_cp", 1, "time / cp", "{:.2f}"), (right, "max_rss_bytes", 1e9, "peak RSS, GB", "{:.2f}"))
-    width = 0.85 / len(names)
-    for axis, key, unit, title, form in panels:
-        for at, name in enumerate(names):
-            xs = [number + (at - (len(names) - 1) / 2) * width for number in range(len(sizes))]
-            rows = [size["summary"].get(name) for size in sizes]
-            values = [row[key] / unit if row else 0 for row in rows]
-            bars = axis.bar(xs, values, width, label=name, color=COLOURS[name])
-            axis.bar_label(bars, [form.format(v) if row else "" for v, row in zip(values, rows, strict=True)], fontsize=8)
-            for x in (x for x, row in zip(xs, rows, strict=True) if not row):
-                axis.text(x, 0, " left out", rotation=90, ha="center", va="bottom", fontsize=8)
-        axis.set_title(title)
-        axis.set_xticks(range(len(sizes)), [f"{size['source']['bytes'] / 1e9:.3g} GB" for size in sizes])
-        axis.margins(y=0.15)
-    left.axhline(1, color="#999999", linewidth=0.8)
-    figure.legend(*right.get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    here = result["machine"]
-    figure.suptitle(f"conversion of a Qwen3-30B-A3B-shaped model: {here['cpus']} cores, {here['filesystem']}, cold page cache")
-    figure.savefig(path, dpi=110)
+    return [
+        bars("time", "wall_over_cp", 1, "time of a conversion", "times that of cp"),
+        bars("memory", "max_rss_bytes", 1e9, "peak memory", "GB, resident"),
+    ]
 
 
 def table(result: dict[str, Any]) -> str:
@@ -580,9 +573,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "floor_rss_bytes": floor,
         "sizes": sizes,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, options.out.with_suffix(".png"))
+    write_measurement(result, pictures(result), options.out.with_suffix(".json"), options.out.with_suffix(".png"))
     print(table(result))
     for size in sizes:
         for name, reason in size["left_out"].items():

@@ -26,12 +26,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megapsft.report.figure import Bars, Chart, Line, Series
+from megapsft.report.stored import write_measurement
 
 CHUNK_BYTES = 64 * 2**20  # the default of model.logprob_chunk_bytes; TRL's tiles get as many bytes
 
@@ -140,6 +144,8 @@ def compare(size: Size, rounds: int, growth: Sequence[int], threads: int) -> dic
             print(f"T={tokens}: {name:6} {curve[name][str(tokens)] / 2**20:8.0f} MiB", flush=True)
     rows = {name: summary(found[name], found["plain"]) for name in names}
     return {
+        "benchmark": "head",
+        "date": datetime.now(UTC).date().isoformat(),
         "size": asdict(size),
         "chunk_bytes": CHUNK_BYTES,
         "threads": threads,
@@ -174,31 +180,26 @@ def check(found: dict[str, list[dict[str, Any]]]) -> None:
                 raise RuntimeError(f"{name} disagrees with plain on {key}: {ours} against {theirs}")
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def pictures(result: dict[str, Any]) -> list[Bars | Chart]:
     """Time beside memory, and memory over tokens."""
-    import matplotlib
+    names, size = list(result["implementations"]), result["size"]
+    shape = f"log-probabilities, forward and backward: T={size['tokens']}, V={size['vocab']}, D={size['hidden']}, fp32, CPU"
+    curves = [
+        Line(name=name, x=list(map(int, curve)), y=[peak / 2**20 for peak in curve.values()], colour=colour, dots=True)
+        for colour, (name, curve) in enumerate(result["peak_bytes_by_tokens"].items())
+    ]
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = list(result["implementations"])
-    colours = dict(zip(IMPLEMENTATIONS, ("#999999", "#1f77b4", "#ff7f0e"), strict=True))
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
-    for axis, key, title in ((left, "time_over_plain", "time / plain"), (middle, "memory_over_plain", "peak memory / plain")):
+    def bars(key: str, title: str) -> Bars:
         values = [result["implementations"][name][key] for name in names]
-        bars = axis.bar(names, values, color=[colours[name] for name in names])
-        axis.bar_label(bars, [f"{value:.2f}" for value in values])
-        axis.set_title(title)
-        axis.margins(y=0.15)
-    for name in names:
-        curve = result["peak_bytes_by_tokens"][name]
-        right.plot([int(t) for t in curve], [b / 2**20 for b in curve.values()], "o-", label=name, color=colours[name])
-    right.set(title="peak memory over tokens", xlabel="tokens", ylabel="MiB beyond inputs, weight, gradients", yscale="log")
-    right.legend()
-    size = result["size"]
-    shape = f"T={size['tokens']}, V={size['vocab']}, D={size['hidden']}"
-    figure.suptitle(f"log-probabilities, forward and backward: {shape}, fp32, CPU")
-    figure.savefig(path, dpi=110)
+        return Bars(name=key, title=title, x_label="implementation", y_label="times that of plain", names=names,
+                    series=[Series(name=title, values=values)], note=shape)  # fmt: skip
+
+    return [
+        bars("time_over_plain", "time"),
+        bars("memory_over_plain", "peak memory"),
+        Chart(name="memory_over_tokens", title="peak memory over tokens", x_label="tokens", log_y=True,
+              y_label="MiB beyond inputs, weight, gradients", lines=curves),
+    ]  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -217,9 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(measure(options.measure, size, options.threads)))
         return 0
     result = compare(size, 1 if options.quick else options.rounds, (size.tokens // 4, size.tokens // 2), options.threads)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, options.out.with_suffix(".png"))
+    write_measurement(result, pictures(result), options.out.with_suffix(".json"), options.out.with_suffix(".png"))
     for name, row in result["implementations"].items():
         print(f"{name:6} time x {row['time_over_plain']:.3f}, memory x {row['memory_over_plain']:.3f} of plain")
     print(f"wrote {options.out.with_suffix('.json')} and {options.out.with_suffix('.png')}")

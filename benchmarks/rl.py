@@ -10,13 +10,14 @@ of one response at temperature 1 to each of 200 problems that are in no training
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import platform
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -24,7 +25,8 @@ from rich.table import Table
 
 from megapsft.data.arithmetic import generate, write_jsonl
 from megapsft.metrics.records import read_records
-from megapsft.report.evaluations import draw_evaluations
+from megapsft.report.evaluations import evaluation_chart
+from megapsft.report.stored import write_measurement
 
 ROOT = Path(__file__).resolve().parents[1]
 START = 0.44  # of 500 problems right, then RL begins: less than half also by the 200 that it is measured by
@@ -45,9 +47,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/rl"), help="models and runs go here (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--plot", type=Path, help="draw accuracy over steps into this PNG")
+    parser.add_argument("--plot", type=Path, help="draw accuracy over steps into this PNG; needs --json")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config of every RL run")
     options = parser.parse_args()
+    if options.plot and not options.json:
+        parser.error("--plot needs --json, of which it is the picture")
     data, test, validation = make_data(options.work)
     model = warm_start(options.work, data, validation)
     sglang, *in_process = RUNS
@@ -55,11 +59,15 @@ def main() -> int:
     with ThreadPoolExecutor() as side_by_side:  # a core for each
         list(side_by_side.map(lambda label: train_run(label, options.work, model, data, test, options.overrides), in_process))
     figures = {label: read(folder(label, options.work)) for label in RUNS}
+    result = {
+        "benchmark": "rl",
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": {"cpus": os.cpu_count(), "architecture": platform.machine()},
+        "runs": figures,
+    }
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    if options.plot:
-        draw_evaluations({label: points(one) for label, one in figures.items()}, "Accuracy (share of problems)", options.plot)
+        shown = evaluation_chart({label: points(one) for label, one in figures.items()}, "Accuracy (share of problems)")
+        write_measurement(result, [shown], options.json, options.plot)
     Console(width=120).print(table(figures))
     return 0
 

@@ -52,6 +52,8 @@ from megapsft.data.arithmetic import generate, write_jsonl
 from megapsft.evaluate.engine import open_engine
 from megapsft.metrics.records import read_records
 from megapsft.policy.build import Policy
+from megapsft.report.figure import Bars, Series
+from megapsft.report.stored import write_measurement
 from megapsft.rollout.base import Engine, Request, Sampling
 from megapsft.rollout.sglang.engine import SGLang
 from megapsft.rollout.sglang.server import find_python
@@ -61,7 +63,6 @@ CONFIG = ROOT / "configs/grpo/tiny-qwen3-arithmetic.yaml"
 N = 4  # responses to each prompt
 WAYS = ("tensor", "distributed", "disk")  # of rollout.weight_update
 KEPT = "tensor, copy kept"  # as where the run starts its servers: they start again from a copy on disk
-COLOURS = {"in process": "#1f77b4", "SGLang": "#ff7f0e", "transformers": "#999999"}
 
 WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of this process: a run makes its own
 
@@ -357,36 +358,23 @@ def measure(work: Path, sizes: Sizes, threads: int) -> dict[str, Any]:
     return result
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
+def pictures(result: dict[str, Any]) -> list[Bars]:
     """Tokens a second, bytes a second, and what a step is made of."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
-    engines, ways = result["sampling"]["engines"], result["updates"]["ways"]
-    bars = left.bar(
-        list(engines), [row["tokens_per_second"] for row in engines.values()], color=[COLOURS[name] for name in engines]
-    )
-    left.bar_label(bars, [f"{row['tokens_per_second']:,.0f}\n× {row['over_transformers']:.2f}" for row in engines.values()])
-    left.set(title="sampling, tokens/s (× transformers)")
-    left.margins(y=0.2)
-    colours = ["#2ca02c" if "paused_seconds" in row else "#999999" for row in ways.values()]
-    bars = middle.barh(list(ways), [row["bytes_per_second"] / 1e6 for row in ways.values()], color=colours)
-    middle.bar_label(bars, [f" {row['bytes_per_second'] / 1e6:,.0f}" for row in ways.values()])
-    middle.set(title=f"weights of {result['updates']['bytes'] / 1e6:.0f} MB, MB/s", xscale="log")
-    middle.invert_yaxis()
-    middle.margins(x=0.2)
-    under = [0.0] * len(result["steps"])
-    for key, colour in (("sampling", "#ff7f0e"), ("weight_update", "#2ca02c"), ("rest", "#cccccc")):
-        values = [row[key] for row in result["steps"].values()]
-        bars = right.bar(list(result["steps"]), values, bottom=under, label=key.replace("_", " "), color=colour)
-        right.bar_label(bars, [f"{value:.0%}" if value >= 0.04 else "" for value in values], label_type="center")
-        under = [a + b for a, b in zip(under, values, strict=True)]
-    right.set(title="share of a GRPO step", ylim=(0, 1))
-    right.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    figure.savefig(path, dpi=110)
+    engines, ways, shares = result["sampling"]["engines"], result["updates"]["ways"], result["steps"]
+    size = f"{result['updates']['bytes'] / 1e6:.0f} MB"
+    speed = Series(name="tokens/s", values=[round(row["tokens_per_second"]) for row in engines.values()])
+    updates = Series(name="MB/s", values=[round(row["bytes_per_second"] / 1e6, 1) for row in ways.values()])
+    parts = [
+        Series(name=key.replace("_", " "), values=[100 * row[key] for row in shares.values()], colour=colour)
+        for key, colour in (("sampling", 1), ("weight_update", 2), ("rest", None))
+    ]
+    return [
+        Bars(name="sampling", title="sampling", x_label="engine", y_label="tokens/s", names=list(engines), series=[speed]),
+        Bars(name="updates", title=f"weights of {size} on their way", x_label="way", y_label="MB/s", names=list(ways),
+             series=[updates], note="clone, copy and stream are what memory gives; the others are updates of a server."),
+        Bars(name="steps", title="what a GRPO step is made of", x_label="engine", y_label="% of a step", names=list(shares),
+             series=parts, stacked=True),
+    ]  # fmt: skip
 
 
 def tables(result: dict[str, Any]) -> str:
@@ -422,26 +410,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help=f"as {QUICK}, but for what is given")
     parser.add_argument("--scratch", type=Path, help="where to work, 2 GB; else the system's temporary folder")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--plot", type=Path, help="draw them into this PNG")
+    parser.add_argument("--plot", type=Path, help="draw them into this PNG; needs --json")
     options = parser.parse_args(arguments)
     given = {name: getattr(options, name) for name in vars(Sizes()) if getattr(options, name) is not None}
+    if options.plot and not options.json:
+        parser.error("--plot needs --json, of which it is the picture")
     sizes = Sizes(**vars(QUICK if options.quick else Sizes()) | given)
     if sizes.rounds < 1 or sizes.steps < 2 or sizes.batch < N:
         parser.error(f"rounds must be 1 or more, steps 2 or more, batch {N} or more")
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of servers and runs that are started
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         result = measure(Path(folder), sizes, options.threads)
-    for path, write in ((options.json, write_json), (options.plot, draw)):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(result, path)
+    if options.json is not None:
+        write_measurement(result, pictures(result), options.json, options.plot)
     print(tables(result))
     print(f"server's CPU while others have their turn: {result['sampling']['server_cpu_while_others_run']:.1%} of a core")
     return 0
-
-
-def write_json(result: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,14 +12,14 @@ def report(folders: tyro.conf.Positional[tuple[Path, ...]], *, out: Path = Path(
 
     For example:
         megapsft report runs/psft runs/sft
-        megapsft report runs/psft-grpo --out report.html
+        megapsft report runs/psft-grpo docs/results/rl.json --out report.html
 
     Loss, entropy, clip fraction, ratios, norms, accuracy with error bars, rewards, speed and memory over updates, steps or
-    samples; what differs between the configs; of a pipeline what each stage made of the model, of a sweep how it scales. A run
-    may still be in progress (docs/report.md).
+    samples; what differs between the configs; of a pipeline what each stage made of the model, of a sweep how it scales, of a
+    benchmark what it measured. A run may still be in progress (docs/report.md).
 
     Args:
-        folders: of runs, pipelines and sweeps.
+        folders: of runs, pipelines and sweeps; the JSON files of benchmarks.
         out: the page to write.
     """
     from rich.console import Console

@@ -17,14 +17,23 @@ Point = tuple[float, float, float]  # step, value, its standard error
 
 
 def draw_evaluations(runs: Mapping[str, Sequence[Point]], quantity: str, out_png: str | Path) -> None:
-    """Draw each run as a line over steps, with a band of two standard errors to either side.
+    """Draw the chart of `evaluation_chart`.
+
+    Raises:
+        Refused: no runs, a run without points, or matplotlib is not installed.
+    """
+    write_png([evaluation_chart(runs, quantity)], out_png)
+
+
+def evaluation_chart(runs: Mapping[str, Sequence[Point]], quantity: str) -> Chart:
+    """Each run as a line over steps, with a band of two standard errors to either side.
 
     Args:
         runs: label -> its points.
         quantity: what the values are, with their unit.
 
     Raises:
-        Refused: no runs, a run without points, or matplotlib is not installed.
+        Refused: no runs, or a run without points.
     """
     if not runs or not all(runs.values()):
         raise Refused("the picture", "needs runs, each with a point at least", "set evaluate.data before they are trained")
@@ -34,7 +43,7 @@ def draw_evaluations(runs: Mapping[str, Sequence[Point]], quantity: str, out_png
         low, high = ([v + sign * 2 * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
         lines.append(Line(name=name, x=steps, y=values, low=low, high=high, colour=colour))
     title = f"{quantity}, bands of two standard errors"
-    write_png([Chart(name="evaluations", title=title, x_label="steps", y_label=quantity, lines=lines)], out_png)
+    return Chart(name="evaluations", title=title, x_label="steps", y_label=quantity, lines=lines)
 
 
 def benchmarks_of(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
@@ -68,4 +77,4 @@ def _by_benchmark(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-__all__ = ["Point", "benchmarks_of", "draw_evaluations", "evaluations_of"]
+__all__ = ["Point", "benchmarks_of", "draw_evaluations", "evaluation_chart", "evaluations_of"]

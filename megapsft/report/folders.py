@@ -1,4 +1,4 @@
-"""What lies in the folders that a report is of: runs, pipelines with the runs of their stages, sweeps."""
+"""What lies in the folders that a report is of: runs, pipelines with the runs of their stages, sweeps; benchmarks' files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from megapsft.config import flatten_tree, read_yaml
 from megapsft.errors import Refused
 from megapsft.metrics.records import read_records
 from megapsft.report.run import Record, Run
+from megapsft.report.stored import Measurement, read_measurement
 
 RECORDS, HAND_OFF, SWEEP, SCALING, NOISE = "metrics.jsonl", "hand-off.json", "sweep.json", "report.json", "noise.json"
 REMEDY = (
     f"name folders of runs (with {RECORDS}), of pipelines (with {HAND_OFF}, or runs with a YAML beside each) "
-    f"or of sweeps (with {SWEEP})"
+    f"or of sweeps (with {SWEEP}), or JSON of benchmarks"
 )
 
 
@@ -44,22 +45,26 @@ class Shown:
     runs: Sequence[Run] = ()
     pipelines: Sequence[Pipeline] = ()
     sweeps: Sequence[Sweep] = ()
+    measurements: Sequence[Measurement] = ()
 
 
 def read_folders(folders: Sequence[Path]) -> Shown:
     """Runs, those of a pipeline's stages among them, have names that tell them apart: the last parts of their paths.
 
     Raises:
-        Refused: no folders, one twice, one that is neither a run nor a pipeline nor a sweep; records that are not JSON.
+        Refused: no folders, one twice, one that is neither a run nor a pipeline nor a sweep; records that are not JSON; a file
+            that is not of a benchmark.
     """
     if not folders:
         raise Refused("report", "needs at least one folder", REMEDY)
     runs: list[Path] = []
-    pipelines, sweeps = [], []
+    pipelines, sweeps, measurements = [], [], []
     for folder in folders:
         if [other.resolve() for other in folders].count(folder.resolve()) > 1:
             raise Refused(str(folder), "is named twice", "name it once")
-        if (folder / SWEEP).is_file():
+        if folder.is_file():
+            measurements.append(read_measurement(folder))
+        elif (folder / SWEEP).is_file():
             sweeps.append(_sweep(folder))
         elif is_run(folder):
             runs.append(folder)
@@ -71,7 +76,7 @@ def read_folders(folders: Sequence[Path]) -> Shown:
             raise Refused(str(folder), "is neither a run nor a pipeline nor a sweep", REMEDY)
     named = zip(runs, names(runs), strict=True)
     read = [replace(read_run(run, name), colour=number) for number, (run, name) in enumerate(named)]
-    return Shown(runs=read, pipelines=pipelines, sweeps=sweeps)
+    return Shown(runs=read, pipelines=pipelines, sweeps=sweeps, measurements=measurements)
 
 
 def is_run(folder: Path) -> bool:

@@ -39,7 +39,7 @@ def write_report(shown: Shown, path: Path) -> None:
 
 def page(shown: Shown) -> str:
     """All sections that have anything to show, after a table of contents."""
-    names = [one.name for one in (*shown.runs, *shown.pipelines, *shown.sweeps)]
+    names = [one.name for one in (*shown.runs, *shown.pipelines, *shown.sweeps, *shown.measurements)]
     title = visible(f"Report of {', '.join(dict.fromkeys(names))}")
     found = sections(shown)
     contents = "".join(f'<li><a href="#{anchor(part.name)}">{escape(part.name)}</a></li>' for part in found)

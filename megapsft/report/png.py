@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -75,7 +76,8 @@ def _keys(sheet: Figure, cells: Sequence[Axes]) -> None:
         return
     for axes, names in zip(cells, named, strict=True):
         if len(names) > 1:
-            axes.legend(names.values(), names, frameon=False, fontsize=8)
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncols": 3}  # where no bar or line is under it
+            axes.legend(names.values(), names, frameon=False, fontsize=8, **below)
 
 
 def _colour(number: int | None, tint: str | None = None) -> str:
@@ -142,9 +144,13 @@ def _bars(axes: Axes, bars: Bars) -> None:
         offset = 0.0 if bars.stacked else (number - (len(bars.series) - 1) / 2) * height
         at = [place + offset for place in range(len(bars.names))]
         colour = _colour(series.colour, series.tint)
-        axes.barh(at, series.values, height, left=floor, xerr=series.errors, color=colour, label=series.name)
+        drawn = axes.barh(at, series.values, height, left=floor, xerr=series.errors, color=colour, label=series.name)
         if bars.stacked:
             floor = [low + value for low, value in zip(floor, series.values, strict=True)]
+        else:
+            numbers = ["–" if math.isnan(value) else written(value, 3) for value in series.values]
+            axes.bar_label(drawn, numbers, padding=4, fontsize=8)
+            axes.margins(x=0.15)
     axes.set_yticks(range(len(bars.names)), bars.names)
     axes.invert_yaxis()
     axes.set_xlabel(bars.y_label, fontsize=9)

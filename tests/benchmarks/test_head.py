@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megapsft.report.stored import read_measurement
+
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "head.py"
 
 
@@ -23,3 +25,7 @@ def test_measures_all_that_are_installed_and_draws(tmp_path):
     assert found["implementations"]["plain"]["time_over_plain"] == 1.0
     assert found["implementations"]["ours"]["peak_bytes"][0] < found["implementations"]["plain"]["peak_bytes"][0]
     assert (tmp_path / "head.png").stat().st_size > 5_000
+    time, memory, over_tokens = read_measurement(tmp_path / "head.json").figures
+    assert dict(zip(time.names, time.series[0].values, strict=True))["plain"] == 1.0
+    assert dict(zip(memory.names, memory.series[0].values, strict=True))["ours"] < 1.0
+    assert over_tokens.lines[0].x == [128, 256, 512]

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from megapsft.report.stored import write_measurement
+
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "rollout.py"
 
 
@@ -118,5 +120,9 @@ def test_tables_and_picture(rollout, sampled, updated, tmp_path):
     assert "| disk | 0.15 | 60 | 7.5 | 5.0 to 10.0 | 0.30 | 0.50 |" in text
     assert "| in process | 4.00 | 25.0% | 5.0% | 70.0% |" in text
     assert all(len(set(map(lambda line: line.count("|"), part.splitlines()))) == 1 for part in text.split("\n\n"))
-    rollout.draw(result, tmp_path / "rollout.png")
+    speed, updates, steps = rollout.pictures(result)
+    assert dict(zip(speed.names, speed.series[0].values, strict=True))["SGLang"] == pytest.approx(500.0)
+    assert dict(zip(updates.names, updates.series[0].values, strict=True))["disk"] == pytest.approx(60.0)
+    assert [series.values[0] for series in steps.series] == pytest.approx([25.0, 5.0, 70.0])
+    write_measurement(result, [speed, updates, steps], tmp_path / "rollout.json", tmp_path / "rollout.png")
     assert (tmp_path / "rollout.png").stat().st_size > 5_000

@@ -10,6 +10,7 @@ from megapsft.report.sections import (
     benchmarks,
     comparisons,
     configs,
+    measurements,
     noise,
     overview,
     pipelines,
@@ -35,6 +36,7 @@ SECTIONS: tuple[Callable[[Shown], Section | None], ...] = (  # in the order of t
     speed.section,
     remaining.section,
     sweeps.section,
+    measurements.section,
     configs.section,
 )
 
