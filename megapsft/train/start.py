@@ -137,7 +137,8 @@ def _open_journal(plan: RunPlan, done: Progressed, look: Look | None) -> Journal
 def revision() -> str:
     """Version, and the commit of the code where it runs from a checkout (with a mark where it was changed)."""
     try:
-        commit = _git("describe", "--always", "--abbrev=40")
+        ours = _git("ls-files", Path(__file__).name)  # not those of a checkout that an environment happens to lie in
+        commit = ours and _git("describe", "--always", "--abbrev=40")
         changed = commit and _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.TimeoutExpired):
         return f"megapsft {__version__}"

@@ -25,3 +25,13 @@ def test_the_revision_is_read_without_a_lock_on_the_checkout(tmp_path, monkeypat
     assert start.revision().endswith(f"{commit}-dirty")
     shutil.rmtree(tmp_path / ".git")
     assert start.revision().startswith("megapsft ")
+
+
+def test_installed_in_somebodys_checkout_the_revision_is_not_theirs(tmp_path, monkeypatch):
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/start.py").write_text("")
+    monkeypatch.setattr(start, "__file__", str(tmp_path / ".venv/start.py"))
+    assert start.revision() == f"megapsft {start.__version__}"
