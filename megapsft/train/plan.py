@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from megapsft.checkpoint.adapters import BASE, check_base, identity
+from megapsft.checkpoint.adapters import BASE, check_base, identity, merges_adapters
 from megapsft.checkpoint.dist import check_architecture, latest, read_state, shape_of
 from megapsft.checkpoint.hf import check_checkpoint, read_config
 from megapsft.config import Config, CriticConfig, LoRAConfig, ReferenceConfig, TrainConfig, flatten, load_config, to_dict
@@ -210,6 +210,10 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         state = read_state(plan.checkpoint)
         check_architecture(plan.checkpoint, state, hf)
         _check_continues(plan)
+        if merges_adapters(state) != (plan.base is not None):  # without the run's config.yaml nothing else has said so
+            held = "adapters alone" if merges_adapters(state) else "a whole model"
+            rule = f"does not fit {plan.checkpoint}, which holds {held}"
+            raise Refused(f"lora.rank={config.lora.rank}", rule, "give the lora.* it was started with, or choose another run.dir")
         if plan.base is not None:
             check_base(plan.base, state[BASE], Path(config.model.path), plan.checkpoint)
     return _with_notes(plan)

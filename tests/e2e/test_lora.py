@@ -185,3 +185,17 @@ def test_what_export_says_of_adapters_where_there_are_none(trained, tmp_path, ca
     for arguments, rule in ((["--adapter"], "has no adapters: it trained all"), (["--base", "x"], "is for runs with LoRA")):
         assert cli.main(["export", str(full), "--out", str(tmp_path / "out"), *arguments]) == 2
         assert rule in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_continued_as_what_it_is_also_where_nothing_else_says_so(trained, tiny_data, tmp_path):
+    run, folder = trained("dense"), tmp_path / "run"
+    shutil.copytree(run.folder, folder, symlinks=True)
+    (folder / "config.yaml").unlink()
+    as_lora = options(run.model, tiny_data, folder)
+    plan_run(load_config(None, as_lora), 1)
+    with pytest.raises(Refused, match=r"lora.rank=None: does not fit .* holds adapters alone"):
+        plan_run(load_config(None, [option for option in as_lora if option not in LORA]), 1)
+    state = next((folder / "checkpoints").glob("step-*3")) / "state.json"
+    state.write_text(json.dumps({key: value for key, value in json.loads(state.read_text()).items() if key != "base"}))
+    with pytest.raises(Refused, match=r"lora.rank=4: does not fit .* holds a whole model"):
+        plan_run(load_config(None, as_lora), 1)
