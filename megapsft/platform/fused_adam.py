@@ -5,6 +5,7 @@ Megatron's distributed optimizer saves and loads that layout; with torch's own A
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -35,6 +36,10 @@ class FusedAdam(torch.optim.Optimizer):
         defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__(params, defaults)
         self.adam_w_mode = adam_w_mode
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """torch's own, below the decorator that keeps its compiler out, and for that imports it: a second of every start."""
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:

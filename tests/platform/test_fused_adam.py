@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -71,3 +74,11 @@ def test_parameters_without_a_gradient_stay():
     assert not torch.equal(params[0], before[0])
     assert torch.equal(params[1], before[1])
     assert torch.equal(params[2], before[2])
+
+
+def test_torchs_compiler_is_not_imported_for_it():
+    program = (
+        "import sys, torch; from megapsft.platform.fused_adam import FusedAdam\n"
+        "FusedAdam([torch.nn.Parameter(torch.ones(1))]); assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
