@@ -213,7 +213,9 @@ def initialize(mesh: Mesh, parallel: ParallelConfig, seed: int) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not torch.distributed.is_initialized():
         timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
-        torch.distributed.init_process_group("nccl" if on_cuda else "gloo", timeout=timeout)
+        # one process has nobody to meet: no port, which another program may take before it is used, and which all could reach
+        alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1} if mesh.world_size == 1 else {}
+        torch.distributed.init_process_group("nccl" if on_cuda else "gloo", timeout=timeout, **alone)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=mesh.tp,
         pipeline_model_parallel_size=mesh.pp,

@@ -6,7 +6,6 @@ import ctypes
 import os
 import re
 import signal
-import socket
 import sys
 import uuid
 from collections.abc import Sequence
@@ -63,11 +62,9 @@ def _first_host(nodelist: str) -> str:
 
 def become_world_of_one() -> None:
     """Set torch's environment for a single process, on the loopback interface."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     _stay_on_loopback()
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # port 0: one that is free when it is bound; of one that was found free before, another program may have become the owner
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
 def torchrun(processes: int, arguments: Sequence[str]) -> int:

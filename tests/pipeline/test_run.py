@@ -49,7 +49,8 @@ def begin(path: Path) -> subprocess.Popen:
 def wait_for(process: subprocess.Popen, happened: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 240
     while not happened():
-        assert process.poll() is None, process.communicate()
+        if process.poll() is not None:
+            pytest.fail("".join(process.communicate()))
         assert time.monotonic() < deadline, "took too long"
         time.sleep(0.01)
 
