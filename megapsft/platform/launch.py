@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
 import signal
+import socket
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from megapsft.errors import Refused
 
@@ -40,6 +43,28 @@ def _stay_on_loopback() -> None:
     """All ranks are on this machine: gloo need not listen on its other interfaces, nor resolve its name."""
     if sys.platform.startswith("linux"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+@contextlib.contextmanager
+def _stores_on_loopback() -> Iterator[None]:
+    """The stores through which ranks of this machine meet; torch's own listen on every interface of the machine."""
+    import torch.distributed as dist
+    from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend as backend
+
+    class OnLoopback(dist.TCPStore):
+        def __init__(self, host_name: str, port: int, world_size: int | None = None, is_master: bool = False, **options: Any):
+            if is_master:
+                listening = socket.create_server(("127.0.0.1", port))
+                host_name, port = listening.getsockname()
+                options["master_listen_fd"] = listening.detach()
+            super().__init__(host_name, port, world_size, is_master, **options)
+
+    own = dist.TCPStore
+    dist.TCPStore = backend.TCPStore = OnLoopback
+    try:
+        yield
+    finally:
+        dist.TCPStore = backend.TCPStore = own
 
 
 def die_with_launcher() -> None:
@@ -89,7 +114,8 @@ def torchrun(processes: int, arguments: Sequence[str]) -> int:
         max_restarts=0,
     )
     try:
-        elastic_launch(config, sys.executable)("-u", "-m", "megapsft.cli", *arguments)
+        with _stores_on_loopback():
+            elastic_launch(config, sys.executable)("-u", "-m", "megapsft.cli", *arguments)
     except ChildFailedError as error:  # the rank itself has said why
         return abs(error.get_first_failure()[1].exitcode) or 1
     return 0
