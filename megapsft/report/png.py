@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, BinaryIO
 
 from megapsft.report.axis import Axis as Extent
@@ -21,6 +22,7 @@ GREY = "#777777"
 SHADE, EDGE = "#f3e9d2", "#b59b5b"
 DPI = 130
 KEYS = 6  # names in a row of the key
+LETTER = 0.1  # inches of one, about
 
 
 def write_png(figures: Sequence[Chart | Histogram | Bars], out: str | Path | BinaryIO, columns: int = 3) -> None:
@@ -49,11 +51,12 @@ def canvas(figures: Sequence[Chart | Histogram | Bars], columns: int = 3) -> Fig
 
     columns = min(columns, len(figures))
     rows = -(-len(figures) // columns)
-    sheet = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
+    width = 5 if columns > 1 else 8  # inches of one, which has room for a key of long names
+    sheet = Figure(figsize=(width * columns, (4 if columns > 1 else 5) * rows), layout="constrained")
     FigureCanvasAgg(sheet)
     cells = list(sheet.subplots(rows, columns, squeeze=False).flat)
     for axes, shown in zip(cells, figures, strict=False):
-        axes.set_title(shown.title, loc="left", fontsize=11, fontweight="bold")
+        axes.set_title(fill(shown.title, int(width / LETTER)), loc="left", fontsize=11, fontweight="bold")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
@@ -71,7 +74,8 @@ def _keys(sheet: Figure, cells: Sequence[Axes]) -> None:
     largest = max(named, key=len)
     if all(set(names) <= set(largest) for names in named) and everywhere:
         if len(largest) > 1:
-            columns = min(len(largest), KEYS)
+            fit = int(sheet.get_figwidth() / (0.7 + LETTER * max(map(len, largest))))
+            columns = max(1, min(len(largest), KEYS, fit))
             sheet.legend(largest.values(), largest, loc="outside upper center", ncols=columns, frameon=False, fontsize=11)
         return
     for axes, names in zip(cells, named, strict=True):
