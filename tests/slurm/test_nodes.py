@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -115,4 +116,7 @@ def test_a_rank_that_is_stopped_is_found_and_the_stacks_of_the_others_are_in_the
     for rank in range(3):  # it writes its own too, where Slurm lets it go on before it is killed
         assert f" rank {rank}, process " in log
     assert log.count("finish_grad_sync") + log.count("all_reduce") >= 3
-    assert not Path(f"/proc/{stopped}").exists()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{stopped}").exists():  # Slurm ends what is left of a step when the job has its state already
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

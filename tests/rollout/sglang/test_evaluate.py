@@ -34,6 +34,7 @@ def test_killed_and_started_again_no_server_is_asked_twice(two_urls, dense, tmp_
             process.kill()
         before = answered(out)
         assert 5 <= len(before) < PROBLEMS * N
+        await_silence(proxy)  # what was under way when it was killed still arrives
         proxy.calls.clear()
         again = megapsft(*command)
     assert again.returncode == 0, again.stderr
@@ -44,6 +45,15 @@ def test_killed_and_started_again_no_server_is_asked_twice(two_urls, dense, tmp_
     assert after[: len(before)] == before
     found = json.loads((out / "results.json").read_text())["benchmarks"]["mine"]
     assert [len(scores) for scores in found["scores"]] == [N] * PROBLEMS
+
+
+def await_silence(proxy: Proxy, seconds: float = 2.0) -> None:
+    """Until nobody has asked for so long."""
+    count, since = -1, time.monotonic()
+    while time.monotonic() - since < seconds:
+        if proxy.calls["/generate"] != count:
+            count, since = proxy.calls["/generate"], time.monotonic()
+        time.sleep(0.05)
 
 
 def answered(out) -> list[tuple[int, int]]:
