@@ -30,7 +30,7 @@ def curves(runs: tyro.conf.Positional[tuple[Path, ...]], *, out: Path) -> int:
         console.print(phase_table(run / "metrics.jsonl"))
         found = spent_by(run)
         if found is not None:
-            console.print(step_table(found, str(run)))
+            console.print(step_table(found, run.name))
             timed[run.name] = run
     draw_curves({run.name: run / "metrics.jsonl" for run in runs}, out)
     print(f"drew {out}")

@@ -29,9 +29,9 @@ def test_what_one_rank_knows_stops_all(tmp_path):
 
 
 def _ask_in_turn(folder: Path) -> list[str | None]:
+    held = HeldSignal(signal.SIGUSR1)  # first, as in a run: gloo's threads would let it through, and note it a moment later
     dist.init_process_group("gloo")
     rank, device, found = dist.get_rank(), torch.device("cpu"), []
-    held = HeldSignal(signal.SIGUSR1)
     found.append(Stop(folder, 60.0, held.came).asked(device))
     stop = Stop(folder, 0.0 if rank == 0 else None, held.came)
     found.append(stop.asked(device))
