@@ -276,16 +276,21 @@ def steps(model: Path, data: Path, work: Path, sizes: Sizes) -> dict[str, Any]:
     rows = {}
     for name, engine in (("in process", "inprocess"), ("SGLang", "sglang")):
         run = work / engine
-        overrides = [f"model.path={model}", f"data.path={data}", f"run.dir={run}", f"train.steps={sizes.steps}"]
-        overrides += [f"rollout.engine={engine}", f"rewards=[{{name: {ROOT / 'benchmarks/random_reward.py'}}}]"]
-        command = [sys.executable, "-m", "megapsft.cli", "train", str(CONFIG), *overrides]
-        print("megapsft " + " ".join(command[3:]), flush=True)
+        arguments = run_of(engine, model, data, run, sizes.steps)
+        print("megapsft " + " ".join(arguments), flush=True)
         environment = {key: value for key, value in os.environ.items() if key not in WORLD}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = subprocess.run([sys.executable, "-m", "megapsft.cli", *arguments], capture_output=True, text=True, env=environment)
         if done.returncode:
             raise RuntimeError(f"the run with {engine} failed:\n{done.stdout[-1000:]}{done.stderr[-3000:]}")
         rows[name] = shares(read_records(run / "steps.jsonl"))
     return rows
+
+
+def run_of(engine: str, model: Path, data: Path, run: Path, count: int) -> list[str]:
+    """Arguments of `megapsft` for so many steps of GRPO."""
+    overrides = [f"model.path={model}", f"data.path={data}", f"run.dir={run}", f"train.steps={count}"]
+    overrides += [f"rollout.engine={engine}", f"rewards=[{{name: {ROOT / 'benchmarks/random_reward.py'}}}]"]
+    return ["train", str(CONFIG), *overrides]
 
 
 def shares(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megapsft import cli
 from megapsft.report.stored import write_measurement
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "rollout.py"
@@ -93,6 +94,10 @@ def test_shares_leave_out_the_first_step(rollout):
     assert (found["steps"], found["seconds_a_step"]) == (2, pytest.approx(4.0))
     assert (found["sampling"], found["weight_update"]) == (pytest.approx(0.25), pytest.approx(0.05))
     assert found["sampling"] + found["weight_update"] + found["rest"] == pytest.approx(1.0)
+
+
+def test_its_run_of_grpo_can_start(rollout, tiny_models, tiny_data, tmp_path):
+    assert cli.main([*rollout.run_of("inprocess", tiny_models("qwen3"), tiny_data, tmp_path / "run", 3), "--dry-run"]) == 0
 
 
 def test_cpu_of_a_group_is_of_its_processes_alone(rollout):
