@@ -44,8 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if not options.page:
             write_json(run_all(sizes, options.work, options.workers).results(), sizes, out / "evidence.json")
-        results, sizes = read_json(out / "evidence.json")
-        write_page(results, sizes, out / "evidence.html")
+        results, sizes, made = read_json(out / "evidence.json")
+        write_page(results, sizes, made, out / "evidence.html")
         show_verdicts(judge_all(results, sizes))
     except (Refused, RuntimeError) as error:
         print(f"evidence: {error}", file=sys.stderr)

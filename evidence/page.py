@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import platform
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from megapsft.report.style import document, section, write
 
 TITLE = "What the papers found, on a tiny model"
 SMALL = "At other sizes than the whole has: it shows that everything runs, and says nothing of the papers."
+PACKAGES = ("megatron-core", "torch", "transformers")  # whose versions decide what a run computes
 INTERVALS = "A ± is a 95 % interval by Student's t over seeds; a difference is paired by seed."
 
 
@@ -31,24 +35,30 @@ def judge_all(results: Results, sizes: Sizes) -> dict[str, Verdict]:
 
 
 def write_json(results: Results, sizes: Sizes, path: Path) -> None:
-    """Sizes, what came of every run, and what became of every claim; the old file or the new one."""
+    """Day and versions, sizes, what came of every run, what became of every claim; the old file or the new one."""
     verdicts = judge_all(results, sizes)
     claims = {claim.letter: _words(claim) | verdicts[claim.letter].to_json() for claim in CLAIMS}
-    tree = {"sizes": asdict(sizes), "claims": claims, "methods": to_json(results)}
+    tree = {"made": made_with(), "sizes": asdict(sizes), "claims": claims, "methods": to_json(results)}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")
     beside.write_text(json.dumps(tree, allow_nan=False, default=vars, separators=(",", ":")) + "\n")
     os.replace(beside, path)
 
 
-def read_json(path: Path) -> tuple[Results, Sizes]:
-    """What `write_json` wrote, but for the verdicts, which follow from it."""
+def made_with() -> dict[str, str]:
+    """The day, and name -> version of what the runs were done with."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"date": datetime.now(UTC).date().isoformat(), "Python": platform.python_version(), **versions}
+
+
+def read_json(path: Path) -> tuple[Results, Sizes, dict[str, str]]:
+    """What `write_json` wrote, but for the verdicts, which follow from it: results, sizes, and day and versions."""
     tree: Mapping[str, Any] = json.loads(path.read_text())
     sizes = tree["sizes"] | {"amounts": Amounts(**tree["sizes"]["amounts"]), "seeds": tuple(tree["sizes"]["seeds"])}
-    return from_json(tree["methods"]), Sizes(**sizes)
+    return from_json(tree["methods"]), Sizes(**sizes), tree["made"]
 
 
-def write_page(results: Results, sizes: Sizes, path: Path) -> None:
+def write_page(results: Results, sizes: Sizes, made: Mapping[str, str], path: Path) -> None:
     """The page, which needs nothing else."""
     verdicts = judge_all(results, sizes)
     whole = [
@@ -57,7 +67,7 @@ def write_page(results: Results, sizes: Sizes, path: Path) -> None:
     ]
     whole += [
         section("Methods", figure(method_table(results))),
-        section("How it was made", f"<p>{escape(_made(results, sizes))}</p>"),
+        section("How it was made", f"<p>{escape(_made(results, sizes, made))}</p>"),
     ]
     small = "" if sizes == FULL else f"<p><b>{escape(SMALL)}</b></p>"
     write(document(TITLE, f"<h1>{escape(TITLE)}</h1>{small}" + "".join(whole)), path)
@@ -103,7 +113,8 @@ def _numbers(verdict: Verdict) -> str:
     return "; ".join(f"{name}: {one}" for name, one in verdict.decided_by.items())
 
 
-def _made(results: Results, sizes: Sizes) -> str:
+def _made(results: Results, sizes: Sizes, made: Mapping[str, str]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in made.items() if name != "date")
     runs = [run for one in results.values() for run in one.runs.values()]
     spent = sum(run.core_seconds for run in runs)
     return (
@@ -111,6 +122,6 @@ def _made(results: Results, sizes: Sizes) -> str:
         f"fine-tuned on {sizes.amounts.demonstrations} demonstrations of one, {sizes.steps * sizes.batch:,} samples in "
         f"{sizes.steps * sizes.batch // sizes.amounts.demonstrations} epochs. Accuracy is that of one response at temperature 1 "
         f"to each of {sizes.amounts.problems} problems that no run was trained on. The {len(runs)} runs of this page took "
-        f"{spent:,.0f} core-seconds, those for learning rates come on top. `make evidence` makes all of it again; what the "
-        "problems are, and what this cannot show, is in docs/evidence.md."
+        f"{spent:,.0f} core-seconds, those for learning rates come on top. Written on {made['date']}, with {versions}. `make "
+        "evidence` makes all of it again; what the problems are, and what this cannot show, is in docs/evidence.md."
     )

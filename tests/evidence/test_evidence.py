@@ -55,7 +55,7 @@ def test_killed_and_started_again(tmp_path):
     tree = json.loads((work / "evidence.json").read_text())
     assert list(tree["claims"]) == [claim.letter for claim in CLAIMS]
     assert {one["outcome"] for one in tree["claims"].values()} <= {"holds", "does not hold", "undecided"}
-    found, sizes = read_json(work / "evidence.json")
+    found, sizes, _ = read_json(work / "evidence.json")
     assert sizes == CI
     assert list(found) == list(table(CI))
     assert all(run.trained_tokens > 0 for one in found.values() for run in one.runs.values())

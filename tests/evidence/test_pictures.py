@@ -78,12 +78,15 @@ def test_the_tables():
 
 def test_json_and_page(tmp_path):
     write_json(RESULTS, SIZES, tmp_path / "evidence.json")
-    assert read_json(tmp_path / "evidence.json") == (RESULTS, SIZES)
+    results, sizes, made = read_json(tmp_path / "evidence.json")
+    assert (results, sizes) == (RESULTS, SIZES)
+    assert {"date", "torch", "megatron-core"} <= set(made)
     tree = json.loads((tmp_path / "evidence.json").read_text())
     assert tree["claims"]["a"]["outcome"] == "does not hold"
     assert tree["claims"]["a"]["decided_by"]["PSFT - SFT"]["mean"] == pytest.approx(-0.2, abs=0.01)
-    write_page(RESULTS, SIZES, tmp_path / "evidence.html")
+    write_page(RESULTS, SIZES, made, tmp_path / "evidence.html")
     page = (tmp_path / "evidence.html").read_text()
+    assert f"Written on {made['date']}, with Python" in page
     assert TITLE in page
     assert SMALL in page  # three seeds
     assert not re.search(r"(?:src|href)=.?https?:", page)
