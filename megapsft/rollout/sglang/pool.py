@@ -264,7 +264,7 @@ class Pool:
         if sender is not None:
             self._pause(fleet)
             sender.open(fleet)
-        allocate = sender.allocate if sender is not None else lambda count: torch.empty(count, dtype=torch.uint8)
+        allocate = sender.allocate if sender is not None else lambda least, most: torch.empty(most, dtype=torch.uint8)
         size = 0
         for bucket in buckets(stream, self._config.bucket_bytes, allocate):
             for name, tensor in bucket:
@@ -417,6 +417,8 @@ class Pool:
                 raise Unanswered(f"{how}; the last lines of {process.log}:\n{process.last_lines()}")
             if member.client.health(LEAST_HEALTH_SECONDS) is None:
                 member.has(member.client.about(CONTROL_SECONDS))
+                # what it has made by now stays: on a CPU each flush of its cache, one an update, looks for garbage in all else
+                member.client.post("/freeze_gc", CONTROL_SECONDS)
                 return
 
     def _watch_given(self, member: Member) -> None:

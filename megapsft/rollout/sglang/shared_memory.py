@@ -27,7 +27,7 @@ _strategy = threading.Lock()  # torch keeps one for the process
 
 
 def allocate(size: int) -> Tensor:
-    """uint8 [size] in shared memory; pages that are never written cost nothing.
+    """uint8 [size] in shared memory, all of which torch has the system fill with zeros.
 
     Raises:
         Refused: there is no room for it: a write beyond would kill this process.

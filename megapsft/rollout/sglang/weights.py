@@ -21,6 +21,7 @@ from megapsft.rollout.sglang import shared_memory
 from megapsft.rollout.sglang.client import Client, Unanswered, on_loopback
 
 ALIGNMENT = 64  # bytes
+FIRST_BUCKET = 8 * 2**20  # bytes, of shared memory
 Bucket = list[tuple[str, Tensor]]
 
 
@@ -40,11 +41,11 @@ class Fleet(Protocol):
     def each(self, call: Callable[[Target], Any], meanwhile: Callable[[], None] | None = None) -> None: ...
 
 
-def buckets(stream: Iterable[tuple[str, Tensor | None]], size: int, allocate: Callable[[int], Tensor]) -> Iterator[Bucket]:
+def buckets(stream: Iterable[tuple[str, Tensor | None]], size: int, allocate: Callable[[int, int], Tensor]) -> Iterator[Bucket]:
     """Copies of the tensors, in allocations of at most `size` bytes; a larger tensor has one of its own.
 
     Args:
-        allocate: bytes -> uint8 [bytes].
+        allocate: (bytes at least, bytes at most) -> uint8 [bytes].
     """
     flat, used, bucket = torch.empty(0, dtype=torch.uint8), 0, []
     for name, tensor in stream:
@@ -56,7 +57,7 @@ def buckets(stream: Iterable[tuple[str, Tensor | None]], size: int, allocate: Ca
             del flat  # the next may need its memory
             flat = torch.empty(0, dtype=torch.uint8)
         if not bucket:
-            flat, used = allocate(max(size, wanted)), 0
+            flat, used = allocate(wanted, max(size, wanted)), 0
         view = flat[used : used + wanted].view(tensor.dtype).view(tensor.shape)
         view.copy_(tensor)
         bucket.append((name, view))
@@ -93,12 +94,15 @@ class ByMemory:
     """Through the shared memory of this host."""
 
     def __init__(self, seconds: float):
-        self._seconds = seconds
+        self._seconds, self._next = seconds, FIRST_BUCKET
 
     def open(self, fleet: Fleet) -> None:
         fleet.each(lambda target: begin(target, self._seconds))
 
-    def allocate(self, size: int) -> Tensor:
+    def allocate(self, least: int, most: int) -> Tensor:
+        """Each twice the one before: how much will come is not known here, and what is not needed costs time too."""
+        size = min(max(least, self._next), most)
+        self._next *= 2
         return shared_memory.allocate(size)
 
     def send(self, fleet: Fleet, bucket: Bucket) -> None:
@@ -152,8 +156,8 @@ class ByGroup:
         fleet.each(post, join)
         fleet.each(lambda target: begin(target, self._seconds))
 
-    def allocate(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, device=self._device)
+    def allocate(self, least: int, most: int) -> Tensor:
+        return torch.empty(most, dtype=torch.uint8, device=self._device)
 
     def send(self, fleet: Fleet, bucket: Bucket) -> None:
         if self._group is None:

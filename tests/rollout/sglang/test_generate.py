@@ -115,7 +115,10 @@ def test_a_rollout_of_other_weights_is_thrown_away_and_asked_for_again(two_urls,
 
 def test_mixture_of_experts_its_updates_and_its_routing(moe, tmp_path):
     """One server of its own: three updates, each another way, and after each what it samples is of the new weights."""
-    with engine_of([], moe, tmp_path, server_args=("--enable-return-routed-experts",), max_restarts=0) as engine:
+    arguments = ("--enable-return-routed-experts", "--log-level-http", "info")
+    with engine_of([], moe, tmp_path, server_args=arguments, max_restarts=0) as engine:
+        asked = engine.servers[0].process.log.read_text()
+        assert '"POST /freeze_gc HTTP/1.1" 200' in asked  # or every flush of its cache looks through all that it has imported
         for version, way in enumerate(("tensor", "disk", "distributed"), 1):
             object.__setattr__(engine._config, "weight_update", way)
             engine.load_weights(weights(moe, 1 + version / 4).items(), version)

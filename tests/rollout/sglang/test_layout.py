@@ -15,7 +15,7 @@ from megapsft.rollout.sglang import SGLang
 from megapsft.rollout.sglang.checksum import Expected, difference, hash_of_cuda, hashed
 from megapsft.rollout.sglang.client import checked_url
 from megapsft.rollout.sglang.server import Server
-from megapsft.rollout.sglang.weights import buckets
+from megapsft.rollout.sglang.weights import ByMemory, buckets
 
 
 def test_the_hash_of_gpus():
@@ -77,9 +77,10 @@ def test_buckets_are_bounded_copies():
     stream = [(str(number), torch.full((number,), float(number), dtype=torch.bfloat16)) for number in (3, 40, 5, 1000, 0, 7)]
     sizes = []
 
-    def allocate(size):
-        sizes.append(size)
-        return torch.empty(size, dtype=torch.uint8)
+    def allocate(least, most):
+        assert least <= most
+        sizes.append(most)
+        return torch.empty(most, dtype=torch.uint8)
 
     found = list(buckets(iter(stream), 256, allocate))
     assert [[name for name, _ in bucket] for bucket in found] == [["3", "40", "5"], ["1000"], ["0", "7"]]
@@ -87,6 +88,13 @@ def test_buckets_are_bounded_copies():
     for (_, sent), (_, copied) in zip(stream, [pair for bucket in found for pair in bucket], strict=True):
         assert torch.equal(sent, copied)
         assert sent.dtype == copied.dtype
+
+
+def test_shared_memory_is_taken_for_what_comes_and_not_for_what_might():
+    way, most, mib = ByMemory(1.0), 64 * 2**20, 2**20
+    assert [way.allocate(1, most).numel() // mib for _ in range(5)] == [8, 16, 32, 64, 64]
+    assert ByMemory(1.0).allocate(12 * mib, most).numel() == 12 * mib  # a large tensor comes first
+    assert ByMemory(1.0).allocate(1, mib).numel() == mib  # rollout.bucket_bytes
 
 
 @pytest.mark.parametrize("url", ["https://127.0.0.1:1", "127.0.0.1:1", "http://127.0.0.1:1/v1", "http://me@host:1", "file:///x"])
