@@ -15,7 +15,7 @@ from typing import Any
 
 from evidence.claims import CLAIMS, Claim
 from evidence.plan import RULE
-from evidence.results import Results, final, from_json, mean, to_json
+from evidence.results import Results, at_the_end, final, from_json, mean, to_json
 from evidence.sizes import FULL, Sizes
 from evidence.tasks import Amounts
 from evidence.verdict import Verdict
@@ -67,6 +67,7 @@ def write_page(results: Results, sizes: Sizes, made: Mapping[str, str], path: Pa
     ]
     whole += [
         section("Methods", figure(method_table(results))),
+        section("Learning rates", figure(rate_table(results))),
         section("How it was made", f"<p>{escape(_made(results, sizes, made))}</p>"),
     ]
     small = "" if sizes == FULL else f"<p><b>{escape(SMALL)}</b></p>"
@@ -84,12 +85,28 @@ def method_table(results: Results) -> Grid:
     """A row for each method: what it trained on, its learning rate and what else was tried, and how it ended."""
     rows = []
     for name, one in results.items():
-        tried = ", ".join(f"{rate:g}: {accuracy:.3f}" for rate, accuracy in one.tried.items()) or "none of its own"
+        tried = ", ".join(f"{rate:g}: {final('valid')(run):.3f}" for rate, run in one.trials.items()) or "none of its own"
         found = (str(mean(results, name, final(family))) for family in ("in", "out"))
         rows.append((name, f"{one.samples:,}", f"{one.rate:g}", tried, *found))
     heading = ("method", "samples", "learning rate", "tried: validation accuracy", "in-domain", "out of domain")
     note = f"Learning rate: {RULE}. A method without a trial of its own is a variant, and takes that of PSFT."
     return Grid(name="methods", title="Every method", heading=heading, rows=rows, numbers=frozenset({1, 2, 4, 5}), note=note)
+
+
+def rate_table(results: Results) -> Grid:
+    """A row for each learning rate of the methods that have several, and how the run with it ended."""
+    rows = []
+    for name, one in results.items():
+        for rate, run in one.trials.items() if len(one.trials) > 1 else ():
+            accuracies = (f"{final(family)(run):.3f}" for family in ("valid", "in", "out"))
+            entropy = f"{at_the_end('entropy')(run):.3f}" if "entropy" in run.curves else ""
+            rows.append((name, f"{rate:g}", "taken" if rate == one.rate else "", *accuracies, entropy))
+    heading = ("method", "learning rate", "", "validation", "in-domain", "out of domain", "entropy at the end (nats)")
+    note = (
+        "The first seed alone. Where two methods were given different rates, a difference between them is also one of rates: "
+        "rows of one rate show what the objectives do."
+    )
+    return Grid(name="rates", title="Every trial", heading=heading, rows=rows, numbers=frozenset({1, 3, 4, 5, 6}), note=note)
 
 
 def _section(claim: Claim, verdict: Verdict, results: Results, sizes: Sizes) -> str:

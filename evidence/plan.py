@@ -81,6 +81,7 @@ class Plan:
         found = {}
         for name, method in self.methods.items():
             runs = {seed: self.stored(self.spec(name, seed)) for seed in self.sizes.seeds}
-            tried = {} if method.rate_of else self.tried(name)
-            found[name] = Outcome(samples=method.samples, rate=self.rate(name), tried=tried, runs=runs)
+            rates = () if method.rate_of else self.rates(name)
+            trials = {rate: self.stored(self.spec(name, self.sizes.seeds[0], rate)) for rate in rates}
+            found[name] = Outcome(samples=method.samples, rate=self.rate(name), trials=trials, runs=runs)
         return found

@@ -19,7 +19,7 @@ class Outcome:
 
     samples: int  # that a run trains on
     rate: float  # learning rate
-    tried: Mapping[float, float]  # learning rate -> accuracy on validation problems; empty where it is another method's
+    trials: Mapping[float, Measured]  # by learning rate, with the first seed; empty where the rate is another method's
     runs: Mapping[int, Measured]  # by seed
 
 
@@ -75,7 +75,7 @@ def from_json(tree: Mapping[str, Any]) -> Results:
         name: Outcome(
             samples=one["samples"],
             rate=one["rate"],
-            tried={float(rate): accuracy for rate, accuracy in one["tried"].items()},
+            trials={float(rate): Measured(**run) for rate, run in one["trials"].items()},
             runs={int(seed): Measured(**run) for seed, run in one["runs"].items()},
         )
         for name, one in tree.items()
@@ -83,4 +83,7 @@ def from_json(tree: Mapping[str, Any]) -> Results:
 
 
 def to_json(results: Results) -> dict[str, Any]:
-    return {name: vars(one) | {"runs": {seed: vars(run) for seed, run in one.runs.items()}} for name, one in results.items()}
+    return {
+        name: vars(one) | {key: {which: vars(run) for which, run in getattr(one, key).items()} for key in ("trials", "runs")}
+        for name, one in results.items()
+    }

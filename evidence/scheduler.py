@@ -16,7 +16,7 @@ from evidence.runs import Spec, carry_out, make_data, stored
 from evidence.sizes import Sizes
 from megapsft.errors import Refused
 
-SECONDS = {"pretrain.yaml": 60, "finetune.yaml": 40, "rl.yaml": 60, "dpo.yaml": 15}  # core-seconds at full size, about
+SECONDS = {"pretrain.yaml": 50, "finetune.yaml": 30, "rl.yaml": 40, "dpo.yaml": 6}  # core-seconds at full size, about
 
 
 class Store:

@@ -55,3 +55,11 @@ def test_the_readme_tells_the_same_of_rl():
     for row in ("SGLang", "in process"):
         accuracy = stored("rl")["runs"][ENGINES[row]]["accuracy"]
         assert f"{accuracy[0]['avg']:.3f} to {accuracy[-1]['avg']:.3f} {'with ' * (row == 'SGLang')}{row}" in told
+
+
+def test_the_table_of_evidence():
+    found, page = stored("evidence"), (ROOT / "docs/evidence.md").read_text()
+    assert found["made"]["date"] in page
+    for letter, claim in found["claims"].items():
+        numbers = "; ".join(f"{name}: {one['mean']:.3f} ± {one['half']:.3f}" for name, one in claim["decided_by"].items())
+        assert f"| {letter} | {claim['outcome']} | {numbers} |" in page

@@ -7,9 +7,9 @@ import pytest
 
 from evidence.claims import CLAIMS
 from evidence.interval import interval
-from evidence.page import SMALL, TITLE, claim_table, judge_all, method_table, read_json, write_json, write_page
+from evidence.page import SMALL, TITLE, claim_table, judge_all, method_table, rate_table, read_json, write_json, write_page
 from evidence.pictures import accuracies, bars, curves, in_and_out
-from evidence.results import final, mean_of
+from evidence.results import at_the_end, final, mean_of
 from megapsft.report.figure import Bars, Chart
 from tests.evidence.made import SIZES, made
 
@@ -71,7 +71,11 @@ def test_the_tables():
     assert [row[0] for row in claim_table(verdicts).rows] == list("abcdefghi")
     assert {row[2] for row in claim_table(verdicts).rows} <= {"holds", "does not hold", "undecided"}
     shown = dict(zip(RESULTS, method_table(RESULTS).rows, strict=True))
-    assert shown["sft"][1:4] == ("1,000", "0.001", "0.001: 0.500")
+    assert shown["sft"][1:4] == ("1,000", "0.001", "0.001: 0.500, 0.0012: 0.400")
+    first, second = (row[1:] for row in rate_table(RESULTS).rows if row[0] == "sft")
+    entropy = f"{at_the_end('entropy')(RESULTS['sft'].runs[1]):.3f}"
+    assert first == ("0.001", "taken", "0.500", "0.500", "0.500", entropy)
+    assert second == ("0.0012", "", "0.400", "0.400", "0.400", entropy)
     known = interval(final("out")(run) for run in RESULTS["psft"].runs.values())
     assert shown["psft"][5] == str(known)
 
