@@ -32,13 +32,12 @@ PACKAGES = ("transformers", "numpy", "triton")
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.py312", description=__doc__)
-    names = parts()
-    parser.add_argument("folders", nargs="*", choices=names, default=names, metavar="FOLDER", help="all; " + ", ".join(names))
+    parser.add_argument("folders", nargs="*", type=part_of, metavar="FOLDER", help="all, or some of " + ", ".join(parts()))
     parser.add_argument("--workers", type=int, default=2, help="files of tests side by side (2)")
     options = parser.parse_args(arguments)
-    source, versions, failed = digest(), installed(), False
-    for part in options.folders:
-        record = recorded(versions).get(part)
+    versions, failed = installed(), False
+    for part in options.folders or parts():
+        source, record = digest(), recorded(versions).get(part)
         if record is None or record["failed"] or record["source"] != source:
             record = run(part, options.workers, source)
             write(versions, part, record)
@@ -53,6 +52,13 @@ def parts() -> list[str]:
     tests = ROOT / "tests"
     folders = sorted(path.name for path in tests.iterdir() if path.is_dir() and any(path.rglob("test_*.py")))
     return folders + sorted(path.name for path in tests.glob("test_*.py"))
+
+
+def part_of(name: str) -> str:
+    """A name of the command line, one of `parts`. Not argparse's choices: of no names it looks for the empty list among them."""
+    if name not in parts():
+        raise argparse.ArgumentTypeError(f"tests/{name} has no tests: choose from {', '.join(parts())}")
+    return name
 
 
 def run(part: str, workers: int, source: str) -> dict[str, Any]:

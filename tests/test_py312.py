@@ -51,3 +51,31 @@ def test_a_record_is_found_again_by_the_environment_that_made_it():
     py312.write(new | {"torch": "3"}, "data", {"passed": 4})
     assert py312.recorded(new) == {}  # another environment with this Megatron-Core took its place
     assert py312.recorded(old) == {"data": {"passed": 2}}
+
+
+@pytest.mark.usefixtures("result")
+def test_without_names_every_part_runs_and_once_more_what_failed_or_was_of_another_source(monkeypatch):
+    ran, source, failed = [], ["one"], {"data"}
+
+    def run(part, workers, source):
+        ran.append(part)
+        return {"source": source, "passed": 1, "failed": ["test_rows"] if part in failed else []}
+
+    monkeypatch.setattr(py312, "run", run)
+    monkeypatch.setattr(py312, "digest", lambda: source[0])
+    assert py312.main([]) == 1
+    assert ran == py312.parts()
+    assert {"data", "train", "test_py312.py"} <= set(ran)
+    ran.clear()
+    assert py312.main([]) == 1
+    assert ran == ["data"]
+    ran.clear()
+    failed.clear()
+    assert py312.main(["data", "train"]) == 0
+    assert ran == ["data"]
+    ran.clear()
+    source[0] = "two"
+    assert py312.main(["train"]) == 0
+    assert ran == ["train"]
+    with pytest.raises(SystemExit):
+        py312.main(["nothing"])
