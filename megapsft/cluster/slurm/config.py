@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,13 +38,18 @@ class ClusterConfig:
     exclusive: bool = True  # nobody else on the nodes
     signal_seconds: PositiveInt = 300  # before the time is over: they have to hold a step and a checkpoint
     mpi: str | None = None  # srun --mpi=...: none, pmix, pmi2, as the site has it
-    python: str | None = None  # interpreter on the nodes; default: .venv/bin/python of this clone
+    python: str | None = None  # interpreter on the nodes; default: the one that submits, or python3 of the container
     sglang_python: str | None = None  # the one that has SGLang, where rollout.python does not say it
     container: str | None = None  # image for pyxis: srun --container-image
     mounts: tuple[str, ...] = ()  # into the container: from:to
     preflight: bool = True  # nodes are checked before a rank is started
     environment: dict[str, str] = field(default_factory=dict)  # of every process of a job, such as NCCL_SOCKET_IFNAME
     options: tuple[str, ...] = ()  # more options of sbatch, such as --mail-type=FAIL
+
+    @property
+    def interpreter(self) -> str:
+        """Of every process of a job, where it runs."""
+        return self.python or ("python3" if self.container else sys.executable)
 
     @property
     def tasks_per_node(self) -> int:

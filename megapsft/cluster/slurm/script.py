@@ -71,7 +71,7 @@ class Script:
         cluster = self.cluster
         told = {
             "MEGAPSFT_HOME": str(HOME),
-            "MEGAPSFT_PYTHON": cluster.python or str(HOME / ".venv" / "bin" / "python"),
+            "MEGAPSFT_PYTHON": cluster.interpreter,
             "MEGAPSFT_SRUN": " ".join(cluster.step_options) or None,
             "MEGAPSFT_PREFLIGHT": None if cluster.preflight else "0",
             "MEGAPSFT_EXPORT": str(self.export.absolute()) if self.export else None,

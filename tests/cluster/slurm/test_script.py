@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +57,18 @@ def test_every_key_of_a_cluster_is_in_the_script():
     assert exported["MEGAPSFT_EXPORT"] == "/e"
     assert exported["NCCL_SOCKET_IFNAME"] == "ib0 # $(x)"  # no shell reads it
     assert lint(text)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "interpreter"),
+    [
+        (ClusterConfig(), sys.executable),  # of any environment, not only .venv
+        (ClusterConfig(container="image.sqsh"), "python3"),
+        (ClusterConfig(container="image.sqsh", python="/opt/python"), "/opt/python"),
+    ],
+)
+def test_a_job_runs_the_interpreter_that_submitted_it_or_the_containers(cluster, interpreter):
+    assert f"export MEGAPSFT_PYTHON={interpreter}\n" in replace(PLAIN, cluster=cluster).render()
 
 
 def test_servers_on_nodes_of_their_own_are_the_second_part_of_a_job():
