@@ -97,9 +97,9 @@ test: venv sglang nemo-run slurm browser
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not servers and not slurm"
 	$(ON_CLUSTER) --clusters 3 $(PY) -m pytest -n 3 --dist loadgroup --no-loadscope-reorder -m "servers or slurm"
 
-## test-py312  the suite without servers and cluster on Python 3.12, with each newer Megatron-Core: hours; goes on where it was ended
+## test-py312  the whole suite on Python 3.12, with each newer Megatron-Core: hours; goes on where it was ended
 .PHONY: test-py312
-test-py312: py312 browser
+test-py312: py312 sglang nemo-run slurm browser
 	status=0; for version in $(MEGATRON312); do .venv-py312-$$version/bin/python -m tests.py312 || status=1; done; exit $$status
 
 ## test-slurm  only what runs on a cluster: six nodes are started on this machine, and ended

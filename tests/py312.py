@@ -1,7 +1,7 @@
 """python -m tests.py312 [FOLDER ...]: the suite with this interpreter's Python and Megatron-Core, into docs/results/py312.json.
 
 Folder by folder, each recorded when it ends: after an interruption only what is missing runs, and what failed; everything once
-a tracked file has changed. Without what starts SGLang's servers or needs the cluster.
+a tracked file has changed. What starts SGLang's servers or needs the cluster comes last and together, as in `make test`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "docs/results/py312.json"
 MARKERS = "not servers and not slurm"
+SERVERS = "servers-and-cluster"  # the part that they leave out, of all folders
 NOTHING_SELECTED = 5  # exit status of pytest
 PACKAGES = ("transformers", "numpy", "triton")
 
@@ -48,16 +49,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parts() -> list[str]:
-    """Folders of tests/ with tests in them, then its files."""
+    """Folders of tests/ with tests in them, then its files, then what needs servers or a cluster."""
     tests = ROOT / "tests"
     folders = sorted(path.name for path in tests.iterdir() if path.is_dir() and any(path.rglob("test_*.py")))
-    return folders + sorted(path.name for path in tests.glob("test_*.py"))
+    return [*folders, *sorted(path.name for path in tests.glob("test_*.py")), SERVERS]
 
 
 def part_of(name: str) -> str:
     """A name of the command line, one of `parts`. Not argparse's choices: of no names it looks for the empty list among them."""
     if name not in parts():
-        raise argparse.ArgumentTypeError(f"tests/{name} has no tests: choose from {', '.join(parts())}")
+        raise argparse.ArgumentTypeError(f"{name} is no part: choose from {', '.join(parts())}")
     return name
 
 
@@ -69,13 +70,11 @@ def run(part: str, workers: int, source: str) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         report, start = Path(folder) / "report.xml", time.monotonic()
-        side_by_side = ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", f"tests/{part}", "-m", MARKERS, f"--junitxml={report}", *side_by_side],
-            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-        if done.returncode not in (0, 1, NOTHING_SELECTED):
-            raise RuntimeError(f"pytest of tests/{part} ended with {done.returncode}")
+            [*command(part, workers), f"--junitxml={report}"], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        )
+        if done.returncode not in (0, 1, NOTHING_SELECTED) or not report.is_file():
+            raise RuntimeError(f"pytest of {part} ended with {done.returncode}")
         passed, failed = count(report)
         return {
             "date": datetime.date.today().isoformat(),
@@ -84,6 +83,17 @@ def run(part: str, workers: int, source: str) -> dict[str, Any]:
             "failed": failed,
             "seconds": round(time.monotonic() - start),
         }
+
+
+def command(part: str, workers: int) -> list[str]:
+    """What runs a part."""
+    pytest = [sys.executable, "-m", "pytest"]
+    if part == SERVERS:
+        root = [] if os.getuid() == 0 else ["sudo"]
+        cluster = [*root, sys.executable, "-m", "tests.slurm.cluster", "run", "--clusters", "3"]
+        return [*cluster, *pytest, "-n", "3", "--dist", "loadgroup", "--no-loadscope-reorder", "-m", "servers or slurm"]
+    side_by_side = ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []
+    return [*pytest, f"tests/{part}", "-m", MARKERS, *side_by_side]
 
 
 def count(report: Path) -> tuple[int, list[str]]:
@@ -128,7 +138,7 @@ def write(versions: dict[str, str], part: str, record: dict[str, Any]) -> None:
     ordered = {name: found[name] for name in parts() if name in found}
     others = [one for one in results() if one["versions"]["megatron-core"] != versions["megatron-core"]]
     environments = sorted([*others, {"versions": versions, "parts": ordered}], key=lambda one: one["versions"]["megatron-core"])
-    about = {"command": "make test-py312", "markers": MARKERS, "environments": environments}
+    about = {"command": "make test-py312", "environments": environments}
     temporary = RESULT.with_suffix(".tmp")
     temporary.write_text(json.dumps(about, indent=1) + "\n")
     temporary.replace(RESULT)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
+import runpy
 import subprocess
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,7 @@ from pathlib import Path
 import megapsft
 from megapsft.cluster.preflight.finding import Finding
 
-NAMES = ("torch", "megatron-core", "transformer-engine", "transformers", "tokenizers", "safetensors", "numpy")
+NAMES = ("megatron-core", "transformer-engine", "transformers", "tokenizers", "safetensors", "numpy")
 FILE = "packages.json"  # in RUN/slurm, of the machine that submitted
 SECONDS = 60
 ABSENT = "none"
@@ -25,7 +27,7 @@ CHECK = "packages"
 def installed() -> dict[str, str]:
     """Versions that matter in this process's environment, and in that of SGLang's servers where one is named."""
     found = {"python": platform.python_version(), "megapsft": f"{megapsft.__version__} {source_digest()}"}
-    found |= {name: _version(name) for name in NAMES}
+    found |= {"torch": _version_of_torch()} | {name: _version(name) for name in NAMES}
     servers = os.environ.get("MEGAPSFT_SGLANG_PYTHON")
     return found | ({"sglang": _version_elsewhere(servers, "sglang")} if servers else {})
 
@@ -80,6 +82,14 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return ABSENT
+
+
+def _version_of_torch() -> str:
+    """With the CUDA that it was built for, which the package's own version need not have; torch is not imported for it."""
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return ABSENT
+    return runpy.run_path(str(Path(found.origin).parent / "version.py"))["__version__"]
 
 
 def _version_elsewhere(python: str, name: str) -> str:
