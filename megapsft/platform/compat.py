@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -25,10 +26,15 @@ def fusions() -> dict[str, bool]:
 
 
 def hush() -> None:
-    """Silence what Megatron and torch warn about Megatron's own use of old names: no news for a user, once a rank a call."""
+    """Silence what Megatron and torch warn about old names, Megatron's own use of them and its plans: no news for a user."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*load_state_dict. is deprecated")
     warnings.filterwarnings("ignore", message="full scope is deprecated|.*CUDA_DEVICE_MAX_CONNECTIONS")
+    logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(_not_deprecated)  # 0.19, of GPTModel
+
+
+def _not_deprecated(record: logging.LogRecord) -> bool:
+    return "IS DEPRECATED" not in record.getMessage()
 
 
 def save_experts_without_states() -> None:
