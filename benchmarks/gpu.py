@@ -131,10 +131,15 @@ def kept(file: Path, result: dict[str, Any]) -> dict[str, Any]:
     """What `file` has measured whole, if it is of the same machine, versions and day."""
     if not file.exists():
         return {}
+    from gpu_parts.machine import alike
+
     before = json.loads(file.read_text())
-    for key in ("machine", "tiny", "date"):
-        if before.get(key) != result[key]:
-            print(f"nothing is kept: {key} of {file} is {before.get(key)}, and now {result[key]}")
+    if not alike(before["machine"], result["machine"]):
+        print(f"nothing is kept: {file} is of {before['machine']}, and this is {result['machine']}")
+        return {}
+    for key in ("tiny", "date"):
+        if before[key] != result[key]:
+            print(f"nothing is kept: {key} of {file} is {before[key]}, and now {result[key]}")
             return {}
     return {part: found for part, found in before["parts"].items() if found["status"] == MEASURED}
 

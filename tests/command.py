@@ -39,4 +39,5 @@ def its(environment: dict[str, str]) -> dict[str, str]:
     """Ours, but for what would make it a rank of another world."""
     ranks = ("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_")
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(ranks)}
-    return inherited | {"PYTHONPATH": str(ROOT), "COLUMNS": "200", "OMP_NUM_THREADS": "1"} | environment
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # where packages may be, too
+    return inherited | {"PYTHONPATH": path, "COLUMNS": "200", "OMP_NUM_THREADS": "1"} | environment

@@ -9,8 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
+from megapsft.checkpoint.random_init import init_model
+from megapsft.config import load_config
 from tests.gpu.__main__ import missing
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +72,42 @@ def test_outcomes_and_measured_numbers_are_written(tmp_path):
     assert str(tmp_path) not in file.read_text()
 
 
+def test_what_is_found_is_written_after_each_check_beside_what_earlier_commands_of_the_day_found(tmp_path):
+    file = tmp_path / "test_gpu.json"
+    (tmp_path / "test_first.py").write_text("def test_of_before(): pass\n")
+    (tmp_path / "test_second.py").write_text(
+        f"import json\n\ndef written(): return {{test['name'] for test in json.load(open({str(file)!r}))['tests']}}\n\n"
+        "def test_a(): assert written() == {'test_first.py::test_of_before'}\n"
+        "def test_b(): assert written() == {'test_first.py::test_of_before', 'test_second.py::test_a'}\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "tests.gpu.record", "--record", str(file), "-p", "no:cacheprovider"]
+    command += ["--rootdir", str(tmp_path), "-c", os.devnull]
+    for name in ("test_first.py", "test_second.py"):
+        done = subprocess.run(
+            [*command, name], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout
+    assert json.loads(file.read_text())["counts"] == {"passed": 3}
+    of_yesterday = json.loads(file.read_text()) | {"date": "2026-01-01"}
+    file.write_text(json.dumps(of_yesterday))
+    subprocess.run(
+        [*command, "test_first.py"], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=True
+    )
+    assert json.loads(file.read_text())["counts"] == {"passed": 1}
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
+def test_the_check_of_noise_asks_for_what_a_hopper_can_do(recipe, tiny_data, tmp_path, monkeypatch):
+    from megapsft.train import plan
+    from tests.gpu import scenarios, test_noise
+
+    monkeypatch.setattr(plan, "this_machine", lambda: scenarios.HOPPER)
+    model = init_model(family="qwen3", data_path=tiny_data, out_dir=tmp_path / "model", seed=1, **test_noise.SIZES)
+    here = (f"model.path={model}", f"data.path={tiny_data}", f"run.dir={tmp_path / 'run'}", *test_noise.SMALL)
+    config = load_config(ROOT / test_noise.CONFIG, [*here, "fp8.format=hybrid", f"fp8.recipe={recipe}"])
+    assert plan.plan_run(config, 1).config.fp8.recipe == recipe
+
+
 def test_what_is_carried_is_pinned_as_here():
     """The versions that CI tests, but for Megatron-Core, whose 0.16 is for an older Python."""
     pins = {name: dict(re.findall(r"^(\S+)==(\S+)$", (ROOT / f"requirements/{name}.txt").read_text(), re.M))
@@ -85,3 +124,20 @@ def test_the_script_for_a_machine_without_network_is_sound():
     assert done.returncode == 0, done.stderr
     done = subprocess.run([str(script)], capture_output=True, text=True)
     assert done.returncode != 0
+
+
+def test_the_script_leaves_results_as_they_grow_and_ends_as_the_checks_do(tmp_path):
+    """With an interpreter that only says what it was asked for."""
+    python, out = tmp_path / "python", tmp_path / "out"
+    python.write_text(
+        '#!/bin/bash\n[ "$2" != pip ] || exit 0\necho "$@"\necho "$PYTHONPATH" >&2\ntouch "$5/test_gpu.json"\nexit 3\n'
+    )
+    python.chmod(0o755)
+    command = [str(ROOT / "tests/gpu/run.sh"), "test", "out", "tests/gpu/test_head.py", "-x"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHON": str(python)}, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    log = (out / "test.log").read_text()
+    assert log == done.stdout
+    assert log.splitlines()[0] == f"-m tests.gpu test --results {out} tests/gpu/test_head.py -x"
+    assert log.splitlines()[1].startswith(f"{ROOT}:")
+    assert (out / "test_gpu.json").is_file()

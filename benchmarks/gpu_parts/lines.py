@@ -56,7 +56,11 @@ def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def in_short(text: str) -> str:
     """One line of an error, without the folders of this machine."""
-    return OF_A_MACHINE.sub(r"\1", " ".join(text.split()))[:400]
+    return without_folders(" ".join(text.split()))[:400]
+
+
+def without_folders(text: str) -> str:
+    return OF_A_MACHINE.sub(r"\1", text)
 
 
 def status_of(lines: dict[str, dict[str, Any]]) -> str:

@@ -45,6 +45,11 @@ def machine(device: str) -> dict[str, Any]:
     return found
 
 
+def alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether numbers of both stand beside each other: machines of one pool differ by a digit of their drivers."""
+    return one | {"driver": None} == other | {"driver": None}
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

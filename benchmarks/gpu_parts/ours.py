@@ -214,6 +214,8 @@ def head_seconds(made: Slice, packing: Packing) -> float:
     """Of the head of one pack, forward and backward, as it stands in the model: what its layers do not take."""
     head = made.policy.head()
     weight = head.weight.detach().requires_grad_()
+    if hasattr(head.weight, "main_grad"):  # as in the model its gradient goes there
+        weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(head.weight.main_grad), False
     hidden = torch.randn(packing.positions, made.hf.hidden_size, device=weight.device, dtype=weight.dtype).requires_grad_()
     labels = torch.randint(made.hf.vocab_size, (packing.positions,), device=weight.device)
 

@@ -34,8 +34,10 @@ GPU and torch of that machine. There, in the repository:
     tests/gpu/run.sh test OUT TE.tar.xz     # unpacks, installs into a temporary folder, runs the checks; JSON goes to OUT
     tests/gpu/run.sh bench OUT TE.tar.xz    # the same for the measurements; further arguments are those of benchmarks/gpu.py
 
-On a machine that is lent for minutes `--minutes` bounds all of it, parts come in the order of what they are worth, and `--keep`
-goes on in the next run where they were not reached. Tokens and weights are random: nothing is read from a disk or a network.
+On a machine that is lent for minutes `--minutes` bounds the measurements, parts come in the order of what they are worth, and
+`--keep` goes on in the next run where they were not reached; the checks are cut by naming files of `tests/gpu`. Both go on with
+the JSON in `docs/results`, if it is of the same day, machine and versions: copy it there from OUT before the next run. Tokens
+and weights are random: nothing is read from a disk or a network.
 
 ## What is counted
 
@@ -46,7 +48,8 @@ goes on in the next run where they were not reached. Tokens and weights are rand
 - Time of a layer and token: of an update, less the optimizer's step and the head, which is timed alone.
 - PSFT: a step of 4 updates; the pass of the old policy is over the last three, since the first one's is its own training pass.
 - `transformers`: the same slice, samples and tokens an update, rows without padding, SDPA, torch's fused AdamW over bf16
-  parameters without fp32 copies; as many rows at once as a pack has, fewer where memory does not suffice.
+  parameters without fp32 copies; as many rows at once as a pack has, fewer where memory does not suffice. Its experts get the
+  tokens that a random router sends them, ours as many each.
 """
 
 

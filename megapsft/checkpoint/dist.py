@@ -39,6 +39,7 @@ from megapsft.errors import Refused
 from megapsft.models.adapters import is_adapter
 from megapsft.platform.compat import save_checkpoint, transformer_engine_states
 from megapsft.policy.build import Policy
+from megapsft.policy.gather import gather_stale
 
 
 class Trained(NamedTuple):
@@ -77,9 +78,7 @@ class Checkpoints:
         content: dict[str, Any] = {"rng": _generators()}
         record = dict(state, score=score, mesh=_mesh(models[""].policy), **shape_of(models[""].policy.hf))
         for prefix, (policy, optimizer) in models.items():
-            for chunk in policy.chunks:  # with overlapped gathering, parameters are stale until asked for
-                if chunk.ddp_config.overlap_param_gather:
-                    chunk.start_param_sync(force_sync=True)
+            gather_stale(policy.chunks)
             content[f"{prefix}model"] = model_state(policy.gpt_models(), prefix)
             content[f"{prefix}optimizer"] = sharded_state(optimizer, content[f"{prefix}model"], is_loading=False)
             record[f"{prefix}adam_step"] = adam_step(optimizer)

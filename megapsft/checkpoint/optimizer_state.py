@@ -18,6 +18,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
+from megapsft.policy.gather import gather
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -60,8 +62,7 @@ def round_again(optimizer: ChainedOptimizer, chunks: Sequence[torch.nn.Module]) 
     for part in optimizer.chained_optimizers:
         if not part.is_stub_optimizer:
             part._copy_main_params_to_model_params()
-    for chunk in chunks:
-        chunk.start_param_sync(force_sync=True)
+    gather(chunks)
 
 
 def adam_step(optimizer: ChainedOptimizer) -> int:

@@ -30,11 +30,12 @@ def hush() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*load_state_dict. is deprecated")
     warnings.filterwarnings("ignore", message="full scope is deprecated|.*CUDA_DEVICE_MAX_CONNECTIONS")
-    logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(_not_deprecated)  # 0.19, of GPTModel
+    for module in ("models.gpt.gpt_model", "dist_checkpointing.strategies.torch"):  # of 0.19: GPTModel, its own async saves
+        logging.getLogger(f"megatron.core.{module}").addFilter(_not_deprecated)
 
 
 def _not_deprecated(record: logging.LogRecord) -> bool:
-    return "IS DEPRECATED" not in record.getMessage()
+    return "is deprecated" not in record.getMessage().lower()
 
 
 def save_experts_without_states() -> None:
@@ -53,6 +54,19 @@ def save_experts_without_states() -> None:
         return split(layer, state) if state.numel() else [state] * layer.num_gemms
 
     TEGroupedLinear._split_extra_state = split_if_any
+
+
+def finish_fp8_weights(chunk: Any) -> None:
+    """What is due once FP8 weights are gathered: the transposed copies that a backward pass multiplies with, made of their bytes.
+
+    Before 0.18 Megatron leaves it out where gathering overlaps and is forced, and the copies stay those of the weights before.
+    A second time it changes nothing.
+    """
+    from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
+
+    weights = [parameter for parameter in chunk.parameters() if is_float8tensor(parameter)]
+    if weights:
+        post_all_gather_processing(weights)
 
 
 @contextmanager

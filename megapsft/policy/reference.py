@@ -17,6 +17,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
 from megapsft.policy.build import Policy, unwrap
+from megapsft.policy.gather import gather_stale
 
 Placement = Literal["swap", "copy"]
 
@@ -42,7 +43,7 @@ class Swapped:
 
     @torch.no_grad()
     def take(self, policy: Policy) -> None:
-        _gather(policy)
+        gather_stale(policy.chunks)
         pin = torch.cuda.is_available()
         self._aside = [_host(parameter, pin) for parameter in _trained(policy.gpt_models())]
 
@@ -87,7 +88,7 @@ class Copied:
 
     @torch.no_grad()
     def take(self, policy: Policy) -> None:
-        _gather(policy)
+        gather_stale(policy.chunks)
         pairs = zip(_parameters(self.frozen.gpt_models()), _parameters(policy.gpt_models()), strict=True)
         for mine, theirs in pairs:
             mine.copy_(theirs)
@@ -98,13 +99,6 @@ class Copied:
 
     def output_weight(self, policy: Policy) -> Tensor | None:
         return self.frozen.output_weight()
-
-
-def _gather(policy: Policy) -> None:
-    """With overlapped gathering, parameters are stale until asked for."""
-    for chunk in policy.chunks:
-        if chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)
 
 
 def _parameters(models: Sequence[GPTModel]) -> list[torch.nn.Parameter]:

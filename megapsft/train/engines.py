@@ -18,6 +18,7 @@ from megapsft.checkpoint.weights.fp8 import linear_weights, quantised_stream, qu
 from megapsft.config import Config, RolloutConfig
 from megapsft.errors import Refused, TrainingStopped
 from megapsft.policy.build import Policy
+from megapsft.policy.gather import gather_stale
 from megapsft.policy.generate import InProcess
 from megapsft.rollout.base import Engine
 from megapsft.train.plan import RunPlan, run_folder
@@ -40,9 +41,7 @@ class Live:
         """Collective. Give the engine the weights that the policy has after `version` steps, unless it has them."""
         if self.version == version:
             return
-        for chunk in self.policy.chunks:  # with overlapped gathering, parameters are stale until asked for
-            if chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync(force_sync=True)
+        gather_stale(self.policy.chunks)
         stream = export_stream(self.policy.chunks, self.policy.hf)
         if self.everywhere:
             self.engine.load_weights(stream, version)

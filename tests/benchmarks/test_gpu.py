@@ -151,6 +151,7 @@ def test_of_another_machine_version_or_day_nothing_is_kept(result, module, tmp_p
     file.write_text(json.dumps(result))
     assert set(gpu.kept(file, result)) == measured
     assert gpu.kept(tmp_path / "none.json", result) == {}
+    assert set(gpu.kept(file, result | {"machine": result["machine"] | {"driver": "580.1"}})) == measured  # of one pool
     for other in ({"date": "2026-01-01"}, {"tiny": False}, {"machine": result["machine"] | {"torch": "2.6"}}):
         assert gpu.kept(file, result | other) == {}
 

@@ -1,11 +1,12 @@
 """Checks and measurements on a GPU, with what this interpreter has installed: nothing is fetched.
 
-    python -m tests.gpu test [arguments of pytest]                # docs/results/test_gpu.json
-    python -m tests.gpu bench [arguments of benchmarks/gpu.py]    # docs/results/gpu.json and gpu.md
+    python -m tests.gpu test [--results FOLDER] [arguments of pytest]                # test_gpu.json in docs/results, and gpu.md
+    python -m tests.gpu bench [--results FOLDER] [arguments of benchmarks/gpu.py]    # gpu.json there, and gpu.md
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import subprocess
@@ -16,17 +17,18 @@ from pathlib import Path
 import megapsft  # noqa: F401  before megatron
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHMARK = ["benchmarks/gpu.py"]
-CHECKS = ["-m", "pytest", "tests/gpu", "-p", "tests.gpu.record", "--record", "docs/results/test_gpu.json"]
+CHECKS = "tests/gpu"
 PACKAGES = {"megatron.core": "megatron-core", "pydantic": "pydantic", "tyro": "tyro", "transformers": "transformers",
             "pytest_timeout": "pytest-timeout"}  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> int:
-    what, *more = arguments or [""]
-    if what not in ("test", "bench"):
-        print(__doc__, file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("what", choices=("test", "bench"))
+    parser.add_argument("--results", type=Path, default=ROOT / "docs/results", help="folder (docs/results)")
+    options, more = parser.parse_known_args(arguments)
+    what = options.what
     lacking = missing()
     for one in lacking:
         print(f"make {what}-gpu: needs {one}", file=sys.stderr)
@@ -34,9 +36,13 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{sys.executable} runs this; name another as PYTHON. Wheels for a machine without network: make gpu-wheels",
               file=sys.stderr)  # fmt: skip
         return 2
-    done = subprocess.run([sys.executable, *(BENCHMARK if what == "bench" else CHECKS), *more], cwd=ROOT).returncode
-    if what == "test":
-        subprocess.run([sys.executable, *BENCHMARK, "--report"], cwd=ROOT, check=True)
+    benchmark = [sys.executable, "benchmarks/gpu.py", "--json", str(options.results.resolve() / "gpu.json")]
+    if what == "bench":
+        return subprocess.run([*benchmark, *more], cwd=ROOT).returncode
+    checks = [] if any(one.startswith(CHECKS) for one in more) else [CHECKS]  # all, where none is named
+    record = ["-p", "tests.gpu.record", "--record", str(options.results.resolve() / "test_gpu.json")]
+    done = subprocess.run([sys.executable, "-m", "pytest", *checks, *record, *more], cwd=ROOT).returncode
+    subprocess.run([*benchmark, "--report"], cwd=ROOT, check=True)
     return done
 
 

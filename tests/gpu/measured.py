@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
@@ -31,9 +33,24 @@ def measured(jobs: Mapping[str, tuple[str, dict[str, Any]]], folder: Path, *flag
     command = [sys.executable, "-m", "tests.gpu.scenarios", str(out), *flags, json.dumps([*jobs.values()])]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    out.unlink(missing_ok=True)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return dict(zip(jobs, json.loads(out.read_text()), strict=True))
+    found = json.loads(out.read_text()) if out.exists() else []
+    ended = {"error": f"the process ended with {done.returncode} before it was measured\n{done.stderr[-3000:]}"}
+    return {name: Found(one) for name, one in zip_longest(jobs, found, fillvalue=ended)}
+
+
+class Found(dict):
+    """What was measured; of a scenario that failed there is only its error, and a test that asks for anything fails with it."""
+
+    def __missing__(self, key: str) -> Any:
+        pytest.fail(self["error"] if "error" in self else f"{key} was not measured, but {', '.join(self)}", pytrace=False)
+
+
+def succeeded(done: subprocess.CompletedProcess[str]) -> None:
+    """Fail with what a command said, if it did."""
+    if done.returncode:
+        pytest.fail(f"ended with {done.returncode}\n{done.stderr[-3000:]}", pytrace=False)
 
 
 def random_slice(family: str, sizes: Mapping[str, int], layers: int, data: Path, out: Path) -> Path:

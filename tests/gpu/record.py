@@ -1,11 +1,13 @@
-"""A plugin of pytest that writes what each check found to a file: `-p tests.gpu.record --record FILE`.
+"""A plugin of pytest that writes what each check found to a file, after each: `-p tests.gpu.record --record FILE`.
 
+What the file has of other checks, of this day and machine, stays: all of them may take more than one command.
 A check says what it measured by pytest's `record_property(name, value)`, where the value can be written as JSON.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu_parts.lines import in_short
-from benchmarks.gpu_parts.machine import machine
+from benchmarks.gpu_parts.lines import without_folders
+from benchmarks.gpu_parts.machine import alike, machine
+
+MOST = 3000  # characters of an error, its last
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,28 +36,37 @@ class Record:
 
     def __init__(self, file: Path):
         self.file = file
-        self.tests: dict[str, dict[str, Any]] = {}
+        self.result: dict[str, Any] = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "machine": machine("cuda" if torch.cuda.is_available() else "cpu"),
+        }
+        before = json.loads(file.read_text()) if file.exists() else {}
+        here = before and before["date"] == self.result["date"] and alike(before["machine"], self.result["machine"])
+        self.tests: dict[str, dict[str, Any]] = {test["name"]: test for test in before["tests"]} if here else {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        one = self.tests.setdefault(report.nodeid, {"name": report.nodeid, "outcome": "passed", "seconds": 0.0, "measured": {}})
+        if report.when == "setup":
+            self.tests[report.nodeid] = {"name": report.nodeid, "outcome": "passed", "seconds": 0.0, "measured": {}}
+        one = self.tests[report.nodeid]
         one["seconds"] += report.duration
         one["measured"].update(report.user_properties)
         if report.outcome != "passed":
-            one |= {"outcome": report.outcome, "error": in_short(report.longreprtext[-400:])}
+            one |= {"outcome": report.outcome, "error": without_folders(report.longreprtext[-MOST:])}
+        if report.when == "teardown":
+            self.write()
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self.tests[report.nodeid] = {
                 "name": report.nodeid, "outcome": "failed", "seconds": 0.0, "measured": {},
-                "error": in_short(str(report.longrepr)[-400:]),
+                "error": without_folders(str(report.longrepr)[-MOST:]),
             }  # fmt: skip
+            self.write()
 
-    def pytest_sessionfinish(self) -> None:
-        result = {
-            "date": datetime.now(UTC).date().isoformat(),
-            "machine": machine("cuda" if torch.cuda.is_available() else "cpu"),
-            "counts": dict(Counter(test["outcome"] for test in self.tests.values())),
-            "tests": list(self.tests.values()),
-        }
+    def write(self) -> None:
+        """Whole, or not at all."""
+        counts = dict(Counter(test["outcome"] for test in self.tests.values()))
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text(json.dumps(result, indent=1) + "\n")
+        beside = self.file.with_suffix(".new")
+        beside.write_text(json.dumps(self.result | {"counts": counts, "tests": list(self.tests.values())}, indent=1) + "\n")
+        os.replace(beside, self.file)

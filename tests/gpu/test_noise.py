@@ -8,17 +8,18 @@ import pytest
 
 from megapsft.checkpoint.random_init import init_model
 from tests.command import megapsft
+from tests.gpu.measured import succeeded
 
 CONFIG = "configs/psft/tiny-qwen3-gsm8k.yaml"
-SMALL = ("train.batch_size=16", "train.minibatch_size=8", "data.pack_length=512", "train.steps=1", "train.sft_warmup_steps=0")
+SMALL = ("model.dtype=bfloat16", "train.batch_size=16", "train.minibatch_size=8", "data.pack_length=512", "train.steps=1",
+         "train.sft_warmup_steps=0")  # fmt: skip
+SIZES = {"vocab_size": 320, "hidden_size": 128, "head_dim": 32, "intermediate_size": 256}  # multiples of 16, which FP8 asks for
 
 
 @pytest.fixture(scope="module")
 def model(tiny_data, tmp_path_factory):
-    """Sizes that FP8 asks for: multiples of 16."""
     out = tmp_path_factory.mktemp("fp8") / "model"
-    sizes = {"vocab_size": 320, "hidden_size": 128, "head_dim": 32, "intermediate_size": 256}
-    return init_model(family="qwen3", data_path=tiny_data, out_dir=out, seed=1, **sizes)
+    return init_model(family="qwen3", data_path=tiny_data, out_dir=out, seed=1, **SIZES)
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
@@ -26,7 +27,7 @@ def test_fp8_is_measured_and_let_through_by_evidence(recipe, model, tiny_data, t
     here = (f"model.path={model}", f"data.path={tiny_data}", f"run.dir={tmp_path / 'run'}", *SMALL)
     eight = ("fp8.format=hybrid", f"fp8.recipe={recipe}")
     done = megapsft("probe", CONFIG, "--out", str(tmp_path / "probe.json"), *here, *eight)
-    assert done.returncode == 0, done.stderr
+    succeeded(done)
     found = json.loads((tmp_path / "probe.json").read_text())
     assert [one["finer"] for one in found["precisions"]] == ["bfloat16", "float32"]
     assert {one["name"] for one in found["precisions"]} == {f"FP8 (hybrid, {recipe})"}
@@ -35,7 +36,7 @@ def test_fp8_is_measured_and_let_through_by_evidence(recipe, model, tiny_data, t
     assert found["max_noise_clipped"] == 0.001
 
     done = megapsft("train", CONFIG, *here, *eight, "train.max_noise_clipped=1")
-    assert done.returncode == 0, done.stderr
+    succeeded(done)
     evidence = json.loads((tmp_path / "run/noise.json").read_text())
     assert evidence["accepted"]
     assert (evidence["unit"], evidence["count"]) == ("tokens", found["count"])

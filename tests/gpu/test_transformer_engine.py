@@ -31,6 +31,8 @@ def runs_here(recipe: str) -> bool:
 
 
 RECIPES = [recipe for recipe in FAR if runs_here(recipe)]
+RESUMED, KINDS = ["qwen3", "qwen3_moe"], ["bf16", *RECIPES, "param_gather"]
+OTHER_LAYERS = [("local", "transformer_engine"), ("transformer_engine", "local")]
 
 
 def fp8(recipe: str) -> list[str]:
@@ -91,25 +93,38 @@ def test_a_pack_is_its_sequences(packs, family):
     assert packs[family]["gradient"] < 0.03
 
 
-@pytest.mark.parametrize("kind", ["bf16", *RECIPES, "param_gather"])
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
-def test_a_resumed_run_goes_on(models, tiny_data, tmp_path, family, kind):
-    """Not to the bit: attention's backward pass adds in no fixed order. The loss before the first gradient has none of that."""
+@pytest.fixture(scope="module")
+def resumptions(models, tiny_data, tmp_path_factory):
+    """(family, kind) -> what a run went on with; (before, after) -> the same for kinds of layers."""
+    root = tmp_path_factory.mktemp("resumed")
     special = {"bf16": [], "param_gather": [*fp8("tensorwise"), *ZERO1, "fp8.param_gather=true"]}
-    options = [*TRAINED, "train.steps=2", *(special[kind] if kind in special else fp8(kind))]
-    paths = {"folder": models[family], "data": str(tiny_data), "run": str(tmp_path / "run")}
-    (found,) = measured({"": ("resumed", {"before": options, "after": options, **paths})}, tmp_path).values()
+
+    def job(family, before, after):
+        before, after = ([*TRAINED, "train.steps=2", *options] for options in (before, after))
+        return "resumed", {"folder": models[family], "data": str(tiny_data), "before": before, "after": after}
+
+    both = {(family, kind): special[kind] if kind in special else fp8(kind) for family in RESUMED for kind in KINDS}
+    jobs = {(family, kind): job(family, options, options) for (family, kind), options in both.items()}
+    jobs |= {pair: job("qwen3_moe", *([f"model.transformer_impl={layers}"] for layers in pair)) for pair in OTHER_LAYERS}
+    for number, (_, options) in enumerate(jobs.values()):
+        options["run"] = str(root / f"run{number}")
+    return measured(jobs, root)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", RESUMED)
+def test_a_resumed_run_goes_on(resumptions, family, kind):
+    """Not to the bit: attention's backward pass adds in no fixed order. The loss before the first gradient has none of that."""
+    found = resumptions[family, kind]
     assert found["again"][0] == pytest.approx(found["went_on"][0], abs=1e-6)
     assert found["again"][1] == pytest.approx(found["went_on"][1], abs=5e-3)
     assert kind != "bf16" or found["states"] == 0
     assert kind != "delayed" or found["states"] > 0  # of other recipes there are some, without a number in them, before 2.18
 
 
-@pytest.mark.parametrize(("before", "after"), [("local", "transformer_engine"), ("transformer_engine", "local")])
-def test_a_run_goes_on_with_the_other_kind_of_layers(models, tiny_data, tmp_path, before, after):
-    options = {kind: [*TRAINED, "train.steps=2", f"model.transformer_impl={kind}"] for kind in (before, after)}
-    paths = {"folder": models["qwen3_moe"], "data": str(tiny_data), "run": str(tmp_path / "run")}
-    (found,) = measured({"": ("resumed", {"before": options[before], "after": options[after], **paths})}, tmp_path).values()
+@pytest.mark.parametrize("layers", OTHER_LAYERS, ids="-to-".join)
+def test_a_run_goes_on_with_the_other_kind_of_layers(resumptions, layers):
+    found = resumptions[layers]
     assert found["again"] == pytest.approx(found["went_on"], abs=1e-2)
 
 

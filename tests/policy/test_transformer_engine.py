@@ -30,6 +30,7 @@ def found(tiny_models, tiny_data, tmp_path_factory):
         "in fp8": ["agreement", {"folder": moe, "options": FP8}],
         "in bf16 after all": ["agreement", {"folder": dense, "options": [*FP8, "fp8.num_layers_at_start_in_bf16=3"]}],
         "all in fp8": ["agreement", {"folder": dense, "options": FP8}],
+        "fails": ["agreement", {"folder": dense, "options": ["model.no_such_key=1"]}],
         "packed": ["packed", {"folder": dense, "options": []}],
         "packed experts": ["packed", {"folder": moe, "options": []}],
         "packed in fp8": ["packed", {"folder": dense, "options": FP8}],
@@ -48,6 +49,12 @@ def found(tiny_models, tiny_data, tmp_path_factory):
         if "run" in options:
             options["run"] = str(root / f"run{number}")
     return measured(jobs, root, "--standin")
+
+
+def test_a_scenario_that_fails_says_why_and_those_after_it_are_measured(found):
+    with pytest.raises(pytest.fail.Exception, match="no_such_key"):
+        found["fails"]["mean"]
+    assert found["packed"]["mean"] >= 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

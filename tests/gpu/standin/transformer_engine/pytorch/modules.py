@@ -101,6 +101,11 @@ class _Weighted(_Stateful):
             init(weight)
         self.register_parameter(name, weight)
 
+    def _bias(self, rows: int) -> None:
+        """A parameter; of no rows an empty tensor that is none, and not None."""
+        zeros = torch.zeros(rows, dtype=self.dtype)
+        self.bias = torch.nn.Parameter(zeros) if rows else zeros
+
     def _product(self, x: Tensor, weight: torch.nn.Parameter) -> Tensor:
         rounded = self._rounded([x, weight])
         return _Product.apply(*rounded, weight if self.fuse_wgrad_accumulation and torch.is_grad_enabled() else None)
@@ -117,13 +122,13 @@ class Linear(_Weighted):
         self.in_features, self.out_features, self.use_bias, self.return_bias = in_features, out_features, bias, return_bias
         self.parallel_mode, self.tp_size, self.save_original_input = parallel_mode, tp_size, False
         self._weight("weight", out_features, in_features, init_method)
-        self.bias = torch.nn.Parameter(torch.zeros(out_features, dtype=params_dtype)) if bias else None
+        self._bias(out_features if bias else 0)
 
     def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Tensor | tuple[Tensor, Tensor]:
         out = self._product(x, self.weight)
         if self.return_bias:
             return out, self.bias
-        return out if self.bias is None else out + self.bias
+        return out + self.bias if self.use_bias else out
 
 
 class LayerNormLinear(_Weighted):
@@ -142,13 +147,13 @@ class LayerNormLinear(_Weighted):
         self.eps = eps
         self.layer_norm_weight = torch.nn.Parameter(torch.ones(in_features, dtype=params_dtype))
         self._weight("weight", out_features, in_features, init_method)
-        self.bias = torch.nn.Parameter(torch.zeros(out_features, dtype=params_dtype)) if bias else None
+        self._bias(out_features if bias else 0)
 
     def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Tensor | tuple[Tensor, Tensor]:
         out = self._product(F.rms_norm(x, (self.in_features,), self.layer_norm_weight, self.eps), self.weight)
         if self.return_bias:
             return out, self.bias
-        return out if self.bias is None else out + self.bias
+        return out + self.bias if self.use_bias else out
 
 
 class GroupedLinear(_Weighted):
