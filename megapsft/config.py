@@ -358,9 +358,12 @@ def build(cls: type, tree: Mapping[str, Any], at: str = "") -> Any:
     YAML 1.1 reads `1e-5` as a string, so strings that are numbers are taken where a number is asked for.
     """
     try:
-        return TypeAdapter(cls).validate_python(dict(tree))
+        built = TypeAdapter(cls).validate_python(dict(tree))
     except ValidationError as error:
         problem = error.errors()[0]
+    else:
+        _refuse_booleans(tree, built, at)
+        return built
     loc = [str(part) for part in problem["loc"]]
     key = ".".join(([at] if at else []) + loc)
     if problem["type"] in ("unexpected_keyword_argument", "unexpected_property"):
@@ -368,8 +371,35 @@ def build(cls: type, tree: Mapping[str, Any], at: str = "") -> Any:
         close = difflib.get_close_matches(loc[-1], known, n=1)
         remedy = (f"did you mean {close[0]!r}? " if close else "") + "known keys here: " + ", ".join(known)
         raise Refused(key, "is not a config key", remedy)
-    rule = problem["msg"][0].lower() + problem["msg"][1:]
-    raise Refused(f"{key}={problem['input']!r}", rule, "see `megapsft config` for the keys and their defaults")
+    rule, remedy = problem["msg"][0].lower() + problem["msg"][1:], "see `megapsft config` for the keys and their defaults"
+    if problem["type"] == "tuple_type":
+        rule, remedy = "is not a list", "write one such as [a,b]; [] is none"
+    if problem["type"] == "missing":  # of a list of so many
+        key, rule = ".".join(key.split(".")[:-1]), "has too few values"
+    raise Refused(f"{key}={spelled(problem['input'])}", rule, remedy)
+
+
+def _refuse_booleans(tree: Mapping[str, Any], built: Any, at: str) -> None:
+    """To pydantic `true` is a number, too."""
+    for name, value in tree.items():
+        found, key = built[name] if isinstance(built, dict) else getattr(built, name), f"{at}.{name}" if at else name
+        if isinstance(value, Mapping) and (isinstance(found, dict) or dataclasses.is_dataclass(found)):
+            _refuse_booleans(value, found, key)
+        elif isinstance(value, bool) and not isinstance(found, bool):
+            raise Refused(f"{key}={spelled(value)}", "is not a number", "see `megapsft config` for the keys and their defaults")
+
+
+def spelled(value: Any) -> str:
+    """A value as it is given on the command line.
+
+    Example:
+        >>> spelled(("q_proj", None, True))
+        '[q_proj,null,true]'
+    """
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(spelled, value))}]"
+    names = {None: "null", True: "true", False: "false", "": "''"}
+    return names[value] if value is None or isinstance(value, bool) or value == "" else str(value)
 
 
 def known_keys(cls: Any, loc: Sequence[str]) -> list[str]:

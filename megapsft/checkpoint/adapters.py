@@ -102,8 +102,10 @@ def base_of(checkpoint: Path, state: dict[str, Any], kept: Path, hf: HFConfig, b
     """
     folder = base or Path(read_json(kept / SOURCE)["path"])
     if not folder.is_dir():
-        rule = f"is gone, and the checkpoint {checkpoint} has adapters only"
-        raise Refused(f"model folder {str(folder)!r}", rule, "export the run with --base, the folder where it is now")
+        rule, remedy = f"is gone, and the checkpoint {checkpoint} has adapters only", "give --base, the folder where it is now"
+        if base is not None:
+            rule, remedy = "is not a folder", "name the one where the model is now"
+        raise Refused(f"model folder {str(folder)!r}", rule, remedy)
     weights = check_checkpoint(folder, family_of(hf), hf).weights
     check_base(identity(weights), state[BASE], folder, checkpoint)
     return Part(weights, [name for rule in family_of(hf).parameters(hf) for name in rule.sources])
@@ -127,20 +129,31 @@ def merged(base: Weights, adapter: Adapter, dtype: torch.dtype | None, hf: HFCon
     return Merged(base, adapter, hf.tie_word_embeddings)
 
 
-def export_adapter(checkpoint: Path, kept: Path, hf: HFConfig, out: Path) -> Result:
+def export_adapter(
+    checkpoint: Path, state: dict[str, Any], kept: Path, hf: HFConfig, out: Path, base: Path | None = None
+) -> Result:
     """The adapters in a checkpoint as a folder that PEFT reads. Memory: the adapters.
 
+    Args:
+        state: of the checkpoint.
+        kept: what the run keeps of its model.
+        base: the folder of the model that PEFT is to put beneath them; None: the one that the run started from.
+
     Raises:
-        Refused: `out` is taken; what `DistWeights` refuses.
+        Refused: `out` is taken; `base` is another model; what `DistWeights` refuses.
     """
     adapter = adapter_of(DistWeights(checkpoint, hf, adapter=True), kept)
+    config = dict(adapter.config)
+    if base is not None:
+        base_of(checkpoint, state, kept, hf, base)
+        config["base_model_name_or_path"] = str(base.absolute())
     unfinished = Unfinished(out)
     unfinished.empty()
     try:
         content = {name: rows_of(adapter, name) for name in adapter.tensors}
         save_file(content, unfinished.folder / TENSORS, metadata={"format": "pt"})
         (unfinished.folder / TENSORS).chmod(READABLE)
-        (unfinished.folder / CONFIG).write_text(json.dumps(adapter.config, indent=2) + "\n")
+        (unfinished.folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         unfinished.finish()
     except BaseException:
         unfinished.discard()
@@ -153,5 +166,16 @@ def export_adapter(checkpoint: Path, kept: Path, hf: HFConfig, out: Path) -> Res
         nbytes=nbytes,
         resumed=0,
         nonfinite={name: count for name, count in nonfinite.items() if count},
-        warnings=[],
+        warnings=_what_peft_refuses(config, hf),
     )
+
+
+def _what_peft_refuses(config: dict[str, Any], hf: HFConfig) -> list[str]:
+    found, base, modules = [], Path(config["base_model_name_or_path"]), set(config["target_modules"])
+    if not any(base.glob("*.safetensors")):
+        where = "is not a Hugging Face folder" if base.is_dir() else "is gone"
+        found.append(f"PEFT puts the adapters on {base}, which {where}: name one with --base")
+    if hf.num_experts and len(modules & {"gate_proj", "up_proj"}) == 1:
+        why = "transformers 5 has gate_proj and up_proj of experts in one tensor, and PEFT 0.21 refuses adapters of one of them"
+        found.append(f"{why}: export merged weights, without --adapter")
+    return found

@@ -28,21 +28,25 @@ def export_run(run: Path, out: Path, checkpoint: str = "latest", dtype: str | No
     return megatron_to_hf(path, out, dtype=dtype, base=base)
 
 
-def export_adapter_of(run: Path, out: Path, checkpoint: str = "latest") -> Result:
+def export_adapter_of(run: Path, out: Path, checkpoint: str = "latest", base: Path | None = None) -> Result:
     """The adapters in `checkpoint` of `run`, whatever split wrote it, to `out`, as PEFT's save_pretrained has them.
 
     Raises:
         Refused: no such run or checkpoint; a run without LoRA; what `export_adapter` refuses.
     """
     path, kept = _checkpoint(run, checkpoint).resolve(), model_of_run(run)
-    if not merges_adapters(read_state(path)):
+    state = read_state(path)
+    if not merges_adapters(state):
         raise Refused(str(run), "has no adapters: it trained all weights", "leave --adapter out")
-    return export_adapter(path, kept, read_config(kept), out)
+    return export_adapter(path, state, kept, read_config(kept), out, base)
 
 
 def _checkpoint(run: Path, checkpoint: str) -> Path:
     if not (run / "config.yaml").is_file():
         raise Refused(str(run), "is not the folder of a run (no config.yaml)", "name a run.dir")
+    if not checkpoint or checkpoint != Path(checkpoint).name:
+        remedy = "use latest, best or one such as step-00000050"
+        raise Refused(f"--checkpoint {checkpoint!r}", "is no name in RUN/checkpoints", remedy)
     path = run / "checkpoints" / checkpoint
     if not path.exists():
         there = sorted(p.name for p in path.parent.glob("*") if not p.name.endswith(".partial")) if path.parent.exists() else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from megapsft.checkpoint.unfinished import check_free
 from megapsft.data.rows import read_texts
 from megapsft.errors import Refused
 from megapsft.models.families import family_of
+from megapsft.platform.places import check_folder
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHATML = (
@@ -48,12 +50,18 @@ def init_model(
         options: of RandomModel.
 
     Raises:
-        Refused: unknown family, sizes that do not divide, a vocabulary without room for all bytes, `out_dir` not empty, or data
-            that cannot be read.
+        Refused: unknown family, sizes that do not divide or are none, a vocabulary without room for all bytes, `out_dir` that is
+            not empty or cannot be made, or data that cannot be read.
     """
     out, like = Path(out_dir), RandomModel(**options)
     if family not in FAMILIES:
         raise Refused(f"family={family!r}", "is not known", "use one of " + ", ".join(FAMILIES))
+    for size in dataclasses.fields(like):
+        value = getattr(like, size.name)
+        if size.name != "seed" and type(value) is int and value < 1:
+            raise Refused(f"{size.name}={value}", "is no size", f"use 1 or more, such as {size.name}={size.default}")
+    if family == "llama":
+        _divides("num_attention_heads", like.num_attention_heads, "hidden_size", like.hidden_size)
     _divides("num_key_value_heads", like.num_key_value_heads, "num_attention_heads", like.num_attention_heads)
     if like.head_dim % 2:
         rule = "must be even: rotary positions turn pairs"
@@ -65,6 +73,7 @@ def init_model(
         rule = f"must be between 1 and num_experts={like.num_experts}"
         raise Refused(f"num_experts_per_tok={like.num_experts_per_tok}", rule, "use fewer, or more experts")
     check_free(out)
+    check_folder(f"--out {out}", out)
 
     images = IMAGES if family == "qwen2_5_vl" else {}
     tokenizer = train_tokenizer(read_texts(data_path), like.vocab_size, tuple(images.values()))

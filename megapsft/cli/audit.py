@@ -54,6 +54,7 @@ def audit(
     from megapsft.data.chat_template import ChatTemplate
     from megapsft.parallel import plan_mesh
     from megapsft.platform.cpu import has_cuda
+    from megapsft.platform.places import check_file
     from megapsft.policy.build import model_shape
     from megapsft.report.audit import show_audit, write_audit
     from megapsft.report.audit_page import write_page
@@ -61,6 +62,8 @@ def audit(
 
     if rows < 0:
         raise Refused(f"--rows {rows}", "must not be negative", "use 0 to show none")
+    check_file("--html", html)
+    check_file("--json", json)
     resolved = load_config(config, OVERRIDES)
     check_minibatch(resolved.train)
     hf = read_config(resolved.model.path)

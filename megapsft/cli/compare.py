@@ -47,10 +47,13 @@ def compare(
         nproc_per_node: processes to start here; default: the GPUs of this machine, or the fewest that the split needs.
     """
     from megapsft.platform.launch import become_world_of_one, torchrun
+    from megapsft.platform.places import check_file
     from megapsft.train.compare import config_of, plan_comparison
 
     if not tuned:
         raise Refused("compare", "has nothing to lay beside the base", "name a model: --tuned DIR")
+    check_file("--out", out)
+    check_file("--json", json)
     config = config_of(base, data, rows, OVERRIDES)
     world, joined = world_of(config.parallel, nproc_per_node)
     models = [_named(text) for text in tuned], [_named(text) for text in reference]

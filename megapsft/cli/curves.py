@@ -21,10 +21,12 @@ def curves(runs: tyro.conf.Positional[tuple[Path, ...]], *, out: Path) -> int:
     """
     from rich.console import Console
 
+    from megapsft.platform.places import check_file
     from megapsft.report.curves import draw_curves
     from megapsft.report.step import draw_steps, spent_by, step_table
     from megapsft.report.table import phase_table
 
+    check_file("--out", out)
     console, timed = Console(), {}
     for run in runs:
         console.print(phase_table(run / "metrics.jsonl"))

@@ -58,10 +58,12 @@ def evaluate(
     from megapsft.evaluate.benchmark import load_benchmark
     from megapsft.evaluate.evaluation import RESULTS, plan_task, show
     from megapsft.evaluate.evaluation import evaluate as answer
+    from megapsft.platform.places import check_folder
     from megapsft.rewards.registry import build_reward
 
     options = engine.resolved()
     folder = Path("evaluations") / model.resolve().name if out is None else out
+    check_folder(f"--out {folder}", folder)
     if lm_eval is not None:
         of_data = {"--data": data, "--n": n, "--k": k, "--temperature": temperature, "--top-p": top_p, "--max-tokens": max_tokens,
                    "--top-k": top_k != -1, "--reward": reward != ("math_answer",),

@@ -33,13 +33,13 @@ def export(
         checkpoint: latest, best, or a folder name under RUN/checkpoints such as step-00000050.
         dtype: of the exported weights; default: that of the run.
         adapter: of a run with LoRA, only its adapters, as PEFT has them; default: merged into the weights beside them.
-        base: of a run with LoRA, the model that it started from; default: where the run found it.
+        base: of a run with LoRA, the model that it started from, and that PEFT loads; default: where the run found it.
     """
     from megapsft.checkpoint.export import export_adapter_of, export_run
 
     if not adapter:
         return show_converted(False, export_run(run, out, checkpoint, dtype, base))
-    if dtype is not None or base is not None:
-        said = f"--dtype {dtype}" if dtype is not None else f"--base {base}"
-        raise Refused(said, "says something of merged weights, and --adapter writes adapters as they are", "leave it out")
-    return show_converted(False, export_adapter_of(run, out, checkpoint))
+    if dtype is not None:
+        rule = "is of merged weights, and --adapter writes adapters as they are"
+        raise Refused(f"--dtype {dtype}", rule, "leave it out")
+    return show_converted(False, export_adapter_of(run, out, checkpoint, base))

@@ -37,7 +37,9 @@ def make_data(
         level: of problems that are made up; easy ones have one sum or difference, worded ones (the default) up to three steps.
     """
     from megapsft.data.arithmetic import generate, preferences, read_problems, rollouts, write_jsonl
+    from megapsft.platform.places import check_file
 
+    check_file("--out", out)
     if kind != "rollouts" and rollouts_per_prompt is not None:
         raise Refused(f"--rollouts-per-prompt {rollouts_per_prompt}", f"is not read where --kind {kind}", "use --kind rollouts")
     if count is not None and count < 1:

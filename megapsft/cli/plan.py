@@ -44,7 +44,9 @@ def plan(
     from megapsft.cluster.propose import propose
     from megapsft.cluster.show import show_estimate, show_proposals, write_estimate
     from megapsft.config import load_config
+    from megapsft.platform.places import check_file
 
+    check_file("--json", json)
     resolved = load_config(config, OVERRIDES)
     machines = Machines(gpu=gpu_named(gpu), nodes=nodes, gpus_per_node=gpus_per_node)
     hf = shape_of_model(config, resolved.model.path, model)

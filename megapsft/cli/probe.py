@@ -39,10 +39,13 @@ def probe(
     """
     from megapsft.config import RunConfig, load_config
     from megapsft.platform.launch import become_world_of_one, torchrun
+    from megapsft.platform.places import check_file
     from megapsft.report.picture import need_matplotlib
     from megapsft.train.plan import plan_run
     from megapsft.train.probe import first_groups
 
+    check_file("--out", out)
+    check_file("--plot", plot)
     if plot is not None:
         need_matplotlib("--plot", without="leave --plot out")
     resolved = load_config(config, OVERRIDES)

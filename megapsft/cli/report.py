@@ -24,10 +24,12 @@ def report(folders: tyro.conf.Positional[tuple[Path, ...]], *, out: Path = Path(
     """
     from rich.console import Console
 
+    from megapsft.platform.places import check_file
     from megapsft.report.folders import read_folders
     from megapsft.report.page import write_report
     from megapsft.report.table import phase_table
 
+    check_file("--out", out)
     shown, console = read_folders(folders), Console()
     for run in shown.runs:
         if run.updates:

@@ -51,9 +51,11 @@ def rollout(
     from megapsft.data.chat_template import ChatTemplate
     from megapsft.evaluate.batch_inference import rollout as sample
     from megapsft.evaluate.benchmark import load_benchmark
+    from megapsft.platform.places import check_file
     from megapsft.rewards.registry import build_reward
     from megapsft.rollout.base import Sampling
 
+    check_file("--out", out)
     options = engine.resolved()
     rewards = [{"name": name} for name in reward]
     template = ChatTemplate.load(model)

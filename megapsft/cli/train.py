@@ -48,14 +48,19 @@ def train(
     asked = None if dry_run else HeldSignal(signal.SIGUSR1)  # before the imports, which take seconds
     from megapsft.config import load_config
     from megapsft.platform.launch import become_world_of_one, torchrun
+    from megapsft.platform.places import check_folder
     from megapsft.report.plan import show_plan
     from megapsft.train.plan import plan_run, run_folder, with_profile
+    from megapsft.train.profile import check_profiles
     from megapsft.train.stop import STOPPED, ask, was_stopped, withdraw
 
     resolved, overrides = load_config(config, OVERRIDES), list(OVERRIDES)
     world, joined = world_of(resolved.parallel, nproc_per_node)
     plan = plan_run(resolved, world)  # refuses at the door, before any process starts
-    if profile:
+    check_folder(f"run.dir={resolved.run.dir}", run_folder(resolved))
+    if not profile:
+        check_profiles(plan.config.profile)
+    else:
         plan = with_profile(plan)
         overrides.append(f"profile.steps={list(plan.config.profile.steps)}")
     evaluation = None

@@ -167,4 +167,5 @@ def write_estimate(found: Estimate, proposals: Sequence[Estimate] | None, file: 
         "assumptions": assumptions(found),
         "proposals": [one.as_dict() | {"overrides": overrides(one.config.parallel)} for one in proposals or ()],
     }
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(tree, indent=2) + "\n")

@@ -117,10 +117,10 @@ def _strings(value: Any) -> Iterator[str]:
 
 def _reader(path: str | Path) -> tuple[Callable[..., Iterator[Record]], Path]:
     path = Path(path)
-    if path.suffix not in READERS:
-        raise Refused(f"data.path={str(path)!r}", "must end in .jsonl or .parquet", "convert the file, or name another")
     if not path.is_file():
         raise Refused(f"data.path={str(path)!r}", "is not a file", "set data.path to a .jsonl or .parquet file")
+    if path.suffix not in READERS:
+        raise Refused(f"data.path={str(path)!r}", "must end in .jsonl or .parquet", "convert the file, or name another")
     return READERS[path.suffix], path
 
 

@@ -14,6 +14,10 @@ from megapsft.errors import Refused
 ROPE_TYPES = ("default", "linear", "llama3")
 MROPE = "mrope"  # what transformers 4 calls the default one where it has a mrope_section
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "max_position_embeddings",
+)  # fmt: skip
 TEXT = "text_config"  # where transformers 5 describes the language model of one that sees images; 4 did in the file itself
 OF_TEXT = (  # what may be said in both places, and must be the same then
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -65,8 +69,8 @@ class HFConfig:
         """The config in a config.json that was read into `raw`.
 
         Raises:
-            Refused: a key that is missing, two spellings that contradict each other, or something that we would compute
-                wrongly: unknown rope type, attention dropout, sliding windows, another activation, weights that are
+            Refused: a key that is missing, a size below 1, two spellings that contradict each other, or something that we would
+                compute wrongly: unknown rope type, attention dropout, sliding windows, another activation, weights that are
                 quantised otherwise than to FP8 in blocks.
         """
         whole, raw = raw, _text(raw)
@@ -74,6 +78,9 @@ class HFConfig:
         if not architectures:
             raise Refused("config.json: architectures", "is missing or empty", 'add it, such as ["Qwen3ForCausalLM"]')
         _check_supported(raw)
+        for key in SIZES:
+            if raw.get(key) is not None and raw[key] < 1:
+                raise Refused(f"config.json: {key}={raw[key]}", "is no size", "mend the file: it is 1 or more")
         heads, hidden_size = _need(raw, "num_attention_heads"), _need(raw, "hidden_size")
         if raw.get("head_dim") is None and hidden_size % heads:
             rule = f"is not divided by num_attention_heads={heads}, and there is no head_dim"

@@ -78,6 +78,8 @@ def layers_of(model: ModelConfig, machine: Machine) -> Layers:
         return "local"
     reason = machine.without_transformer_engine()
     remedy = "install Transformer Engine (docs/gpu.md), or use model.transformer_impl=auto"
+    if machine.capability is None:
+        remedy = "train where there is one (docs/gpu.md), or use model.transformer_impl=auto"
     if reason is None and model.dtype == "float32":
         reason, remedy = "has no attention to packed rows in float32", "use model.dtype=bfloat16, or model.transformer_impl=local"
     if reason is None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megapsft.report.picture import LINES
+from megapsft.report.png import save
 from megapsft.train.noise import QUANTILES, Floor, Row
 from megapsft.train.plan import RunPlan
 from megapsft.train.precision import Precision
@@ -208,8 +209,7 @@ def draw_probe(probe: Probe, plan: RunPlan, out_png: Path) -> None:
     )  # fmt: skip
     for axes, precision in zip(others, probe.precisions, strict=True):
         _draw_precision(axes, precision)
-    out_png.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out_png, dpi=130)
+    save(figure, out_png)
 
 
 def _draw_ratios(axes: Any, probe: Probe) -> None:

@@ -17,6 +17,7 @@ from megapsft.metrics.names import PARTS
 from megapsft.metrics.records import read_records
 from megapsft.metrics.shown import Table
 from megapsft.report.picture import need_matplotlib
+from megapsft.report.png import save
 from megapsft.report.table import to_rich
 
 NAME = "time.json"
@@ -138,8 +139,7 @@ def draw_steps(runs: Mapping[str, Path], out_png: Path) -> None:
                 floor = [low + height for low, height in zip(floor, heights, strict=True)]
     shown = {part: handles[part] for part in COLOURS if part in handles}
     figure.legend(shown.values(), map(label, shown), loc="outside upper center", ncols=min(len(shown), 7), frameon=False)
-    out_png.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out_png, dpi=130)
+    save(figure, out_png)
 
 
 def bars(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

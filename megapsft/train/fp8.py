@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from megapsft.config import Config, FP8Config
+from megapsft.config import Config, FP8Config, spelled
 from megapsft.errors import Refused
 from megapsft.models.hf_config import HFConfig
 from megapsft.parallel import Mesh
@@ -66,7 +66,8 @@ def _check_unused(fp8: FP8Config) -> None:
     for field in dataclasses.fields(fp8):
         value = getattr(fp8, field.name)
         if value != field.default:
-            raise Refused(f"fp8.{field.name}={value}", "is of FP8, and fp8.format=null", "set fp8.format=hybrid, or leave it out")
+            rule = "is of FP8, and fp8.format=null"
+            raise Refused(f"fp8.{field.name}={spelled(value)}", rule, "set fp8.format=hybrid, or leave it out")
 
 
 def _check_layers(config: Config, machine: Machine) -> None:

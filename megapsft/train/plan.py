@@ -12,7 +12,7 @@ import yaml
 from megapsft.checkpoint.adapters import BASE, check_base, identity, merges_adapters
 from megapsft.checkpoint.dist import check_architecture, latest, read_state, shape_of
 from megapsft.checkpoint.hf import check_checkpoint, read_config
-from megapsft.config import Config, CriticConfig, LoRAConfig, ReferenceConfig, TrainConfig, flatten, load_config, to_dict
+from megapsft.config import Config, CriticConfig, LoRAConfig, ReferenceConfig, TrainConfig, flatten, load_config, spelled, to_dict
 from megapsft.data.chat_template import ChatTemplate
 from megapsft.data.dataset import Dataset
 from megapsft.data.plan import Layout, Plan, plan_update
@@ -213,7 +213,8 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         if merges_adapters(state) != (plan.base is not None):  # without the run's config.yaml nothing else has said so
             held = "adapters alone" if merges_adapters(state) else "a whole model"
             rule = f"does not fit {plan.checkpoint}, which holds {held}"
-            raise Refused(f"lora.rank={config.lora.rank}", rule, "give the lora.* it was started with, or choose another run.dir")
+            remedy = "give the lora.* it was started with, or choose another run.dir"
+            raise Refused(f"lora.rank={spelled(config.lora.rank)}", rule, remedy)
         if plan.base is not None:
             check_base(plan.base, state[BASE], Path(config.model.path), plan.checkpoint)
     return _with_notes(plan)
@@ -280,12 +281,12 @@ def check_adapters(config: Config, mesh: Mesh, hf: HFConfig, objective: Objectiv
         for field in ("alpha", "target_modules"):
             if getattr(lora, field) != getattr(default, field):
                 rule = "says something of adapters, but lora.rank=null has none"
-                raise Refused(f"lora.{field}={_shown(getattr(lora, field))}", rule, "set lora.rank, such as 16, or leave it out")
+                raise Refused(f"lora.{field}={spelled(getattr(lora, field))}", rule, "set lora.rank, such as 16, or leave it out")
         return
     if len(set(lora.target_modules)) < max(1, len(lora.target_modules)):
         rule = "names none" if not lora.target_modules else "names one twice"
         known = ", ".join(default.target_modules)
-        raise Refused(f"lora.target_modules={_shown(lora.target_modules)}", rule, f"use some of {known}")
+        raise Refused(f"lora.target_modules={spelled(lora.target_modules)}", rule, f"use some of {known}")
     sizes = {"tensor_model_parallel_size": mesh.tp, "expert_tensor_parallel_size": mesh.etp if hf.num_experts else 1}
     for name, size in sizes.items():
         if lora.rank % size:
@@ -306,10 +307,6 @@ def check_adapters(config: Config, mesh: Mesh, hf: HFConfig, objective: Objectiv
     if config.reference.path is not None:
         rule = "is another model, and with lora.rank the reference is this one with its adapters as they were"
         raise Refused(f"reference.path={config.reference.path}", rule, "leave it out, or train all weights (lora.rank=null)")
-
-
-def _shown(value: object) -> str:
-    return f"[{','.join(value)}]" if isinstance(value, tuple) else str(value)
 
 
 def _check_data(config: Config, all_phases: Sequence[Phase], data: Dataset) -> None:
@@ -375,9 +372,11 @@ def _check_continues(plan: RunPlan) -> None:
     for key in sorted(set(before) | set(now), key=lambda key: (key != "objective.name", key)):  # its options follow from it
         if before.get(key) == now.get(key) or key.startswith(MAY_CHANGE):
             continue
+        if key == "model.path" and plan.base is not None:
+            continue  # of what adapters are beside: it may have moved, and its weights are compared
         raise Refused(
-            f"{key}={now.get(key)!r}",
-            f"differs from the {before.get(key)!r} that {plan.config.run.dir} was started with",
+            f"{key}={spelled(now.get(key))}",
+            f"differs from the {spelled(before.get(key))} that {plan.config.run.dir} was started with",
             "choose another run.dir, or give the old value to continue",
         )
     decays = plan.config.optimizer.lr_decay_style != "constant"

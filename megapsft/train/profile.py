@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megapsft.config import ProfileConfig
+from megapsft.config import ProfileConfig, spelled
 from megapsft.errors import Refused
 from megapsft.platform.cpu import has_cuda
 from megapsft.platform.ranges import mark_ranges, span
@@ -43,6 +43,17 @@ def check_profile(config: ProfileConfig, steps: int, world_size: int) -> None:
         raise Refused("profile.details=true", "is of profile.tool=torch", "leave it out: nsys has options of its own")
 
 
+def check_profiles(config: ProfileConfig) -> None:
+    """Refuse to be told how to watch where no step is watched: neither profile.steps nor --profile."""
+    if config.steps is not None:
+        return
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != field.default:
+            rule, remedy = "is of steps that are watched, and none are", "name profile.steps, or use --profile"
+            raise Refused(f"profile.{field.name}={spelled(value)}", rule, remedy)
+
+
 def next_steps(done: int, steps: int) -> tuple[int, int]:
     """What `--profile` takes where nothing else is said: the second and third step to come, or as late as there are any.
 
@@ -68,14 +79,17 @@ class Profile:
         self._profiler: torch.profiler.profile | None = None
         self._taken: list[int] = []  # steps, in the profile that is being taken
 
+    def begin(self, number: int) -> None:
+        """Before step `number`, and in the time of none: starting a profiler takes as long as small steps."""
+        if number in self._steps and not self._taken:
+            self._begin()
+
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
         """The body is step `number`."""
         if number not in self._steps:
             yield
             return
-        if not self._taken:
-            self._begin()
         self._taken.append(number)
         with span(f"{STEP} {number}"):
             yield
@@ -151,4 +165,4 @@ def _share(seconds: float, trace: Trace) -> float:
     return seconds / trace.seconds if trace.seconds else 0.0
 
 
-__all__ = ["Profile", "as_dict", "as_text", "check_profile", "next_steps"]
+__all__ = ["Profile", "as_dict", "as_text", "check_profile", "check_profiles", "next_steps"]

@@ -85,6 +85,9 @@ class Run:
             self.evaluate_if_due(self.done.step - 1)  # before the first step, or where a stop came before the benchmarks
         self.clock = time.perf_counter()
         for step in range(self.done.step, self.plan.steps):
+            if self.profile:
+                with self._uncounted():
+                    self.profile.begin(step + 1)
             with self.profile.step(step + 1) if self.profile else nullcontext():
                 yield step
             if self.profile and self.profile.ends_with(step + 1):

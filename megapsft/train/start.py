@@ -107,9 +107,12 @@ def _lock(folder: Path) -> IO:
     """Hold the folder for this process; the system lets it go when the process ends, however it ends.
 
     Raises:
-        Refused: another process holds it.
+        Refused: it cannot be made; another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"run.dir={folder}", f"cannot be made ({error.strerror})", "name a place where you may write") from None
     file = (folder / ".lock").open("a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: the writers that it forks do not hold it

@@ -96,6 +96,11 @@ def test_bfloat16(data, tmp_path):
         (dict(family="gpt2"), "family='gpt2': is not known; use one of qwen3, qwen3_moe, qwen2, llama, qwen2_5_vl"),
         (dict(num_key_value_heads=3), "num_key_value_heads=3: must divide num_attention_heads=4; use one of 1, 2, 4"),
         (dict(head_dim=23), "head_dim=23: must be even"),
+        (dict(num_layers=0), "num_layers=0: is no size; use 1 or more, such as num_layers=4"),
+        (dict(family="qwen2_5_vl", num_layers=-1), "num_layers=-1: is no size"),
+        (dict(hidden_size=0), "hidden_size=0: is no size"),
+        (dict(max_position_embeddings=0), "max_position_embeddings=0: is no size"),
+        (dict(family="llama", hidden_size=97), "num_attention_heads=4: must divide hidden_size=97"),
         (dict(family="qwen2", hidden_size=100), "hidden_size=100: must be num_attention_heads=4 x head_dim=24"),
         (dict(family="qwen2_5_vl", hidden_size=100), "must be num_attention_heads=4 x head_dim=24 for qwen2_5_vl"),
         (

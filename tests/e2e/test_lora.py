@@ -155,9 +155,11 @@ def test_a_base_that_is_gone_or_another_is_refused(trained, tiny_data, tmp_path)
     moved, folder = tmp_path / "moved", tmp_path / "run"
     shutil.copytree(run.folder, folder, symlinks=True)
     shutil.copytree(run.model, moved)
+    (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace(str(run.folder), str(folder)))
+    assert plan_run(load_config(None, options(moved, tiny_data, folder)), 1).done_steps == 3  # it may have moved
     about = folder / "model/source.json"
     about.write_text(about.read_text().replace(str(run.model), str(tmp_path / "gone")))
-    with pytest.raises(Refused, match="gone': is gone, and the checkpoint .* has adapters only; export the run with --base"):
+    with pytest.raises(Refused, match="gone': is gone, and the checkpoint .* has adapters only; give --base"):
         export_run(folder, tmp_path / "out")
     assert cli.main(["export", str(folder), "--out", str(tmp_path / "out"), "--base", str(moved)]) == 0
     content = load_file(moved / "model.safetensors")
@@ -174,10 +176,44 @@ def test_a_base_that_is_gone_or_another_is_refused(trained, tiny_data, tmp_path)
         plan_run(load_config(None, options(replaced, tiny_data, folder)), 1)
 
 
+def test_an_adapter_names_a_base_that_peft_can_load_or_the_export_says_so(trained, tmp_path):
+    run = trained("dense")
+    moved, folder = tmp_path / "moved", tmp_path / "run"
+    shutil.copytree(run.folder, folder, symlinks=True)
+    shutil.copytree(run.model, moved)
+    about = folder / "model/adapter/adapter_config.json"
+
+    def export(name: str, recorded: str, **options: Path) -> tuple[str, list[str]]:
+        about.write_text(json.dumps(json.loads(about.read_text()) | {"base_model_name_or_path": recorded}))
+        warnings = export_adapter_of(folder, tmp_path / name, **options).warnings
+        return json.loads((tmp_path / name / "adapter_config.json").read_text())["base_model_name_or_path"], warnings
+
+    assert export("as-it-is", str(run.model)) == (str(run.model), [])
+    gone = str(tmp_path / "nowhere")
+    assert export("of-gone", gone) == (gone, [f"PEFT puts the adapters on {gone}, which is gone: name one with --base"])
+    _, (warning,) = export("of-megatron", str(folder / "checkpoints/latest"))
+    assert "latest, which is not a Hugging Face folder: name one with --base" in warning
+    assert export("of-moved", gone, base=moved) == (str(moved), [])
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(moved, attn_implementation="eager")
+    peft.PeftModel.from_pretrained(loaded, tmp_path / "of-moved")
+    with pytest.raises(Refused, match="as-it-is: holds adapters, and no model; name one that they are merged into"):
+        read_config(tmp_path / "as-it-is")
+
+
+def test_adapters_of_experts_that_peft_refuses_are_told(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained("experts").folder, folder, symlinks=True)
+    assert export_adapter_of(folder, tmp_path / "all").warnings == []
+    about = folder / "model/adapter/adapter_config.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"target_modules": ["v_proj", "up_proj"]}))
+    (warning,) = export_adapter_of(folder, tmp_path / "one").warnings
+    assert "PEFT 0.21 refuses adapters of one of them: export merged weights, without --adapter" in warning
+
+
 def test_what_export_says_of_adapters_where_there_are_none(trained, tmp_path, capsys):
     run = trained("dense")
     assert cli.main(["export", str(run.folder), "--out", str(tmp_path / "out"), "--adapter", "--dtype", "bf16"]) == 2
-    assert "--dtype bf16: says something of merged weights" in capsys.readouterr().err
+    assert "--dtype bf16: is of merged weights" in capsys.readouterr().err
     full = tmp_path / "full"
     shutil.copytree(run.folder, full, symlinks=True)
     state = full / "checkpoints/latest/state.json"
@@ -193,7 +229,7 @@ def test_a_checkpoint_is_continued_as_what_it_is_also_where_nothing_else_says_so
     (folder / "config.yaml").unlink()
     as_lora = options(run.model, tiny_data, folder)
     plan_run(load_config(None, as_lora), 1)
-    with pytest.raises(Refused, match=r"lora.rank=None: does not fit .* holds adapters alone"):
+    with pytest.raises(Refused, match=r"lora.rank=null: does not fit .* holds adapters alone"):
         plan_run(load_config(None, [option for option in as_lora if option not in LORA]), 1)
     state = next((folder / "checkpoints").glob("step-*3")) / "state.json"
     state.write_text(json.dumps({key: value for key, value in json.loads(state.read_text()).items() if key != "base"}))

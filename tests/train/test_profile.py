@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from megapsft.metrics.names import METRICS, PARTS
 from megapsft.models.flops import model_flops
 from megapsft.platform.cpu import has_cuda
 from megapsft.train.plan import plan_run, with_profile
-from megapsft.train.profile import check_profile, next_steps
+from megapsft.train.profile import check_profile, check_profiles, next_steps
 from tests.ranks import run_ranks
 from tests.shipped import FOLDER
 
@@ -152,6 +154,14 @@ def test_what_cannot_be_watched_is_refused(option, message):
         return
     with pytest.raises(Refused, match=message):
         check_profile(config, 9, 2)
+
+
+@pytest.mark.parametrize("option", ["details=true", "memory=false", "ranks=[]"])
+def test_how_to_watch_is_not_said_where_nothing_is_watched(option):
+    profile = load_config(None, [f"profile.{option}"]).profile
+    with pytest.raises(Refused, match=f"profile.{re.escape(option)}: is of steps that are watched, and none are"):
+        check_profiles(profile)
+    check_profiles(dataclasses.replace(profile, steps=(2, 3)))
 
 
 def test_steps_are_two_numbers():

@@ -144,6 +144,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
+        if path.with_name("adapter_config.json").is_file():
+            rule, remedy = "holds adapters, and no model", "name one that they are merged into: `megapsft export RUN --out DIR`"
+            raise Refused(str(path.parent), rule, remedy) from None
         raise Refused(str(path), "is missing", "name a complete Hugging Face model folder") from None
     except (ValueError, OSError) as error:
         raise Refused(str(path), f"is not readable JSON ({error})", "download or copy the file again") from None

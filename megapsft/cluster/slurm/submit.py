@@ -26,6 +26,7 @@ from megapsft.platform.cpu import has_cuda
 from megapsft.policy.build import model_shape
 from megapsft.train.phases import phases
 from megapsft.train.plan import plan_run, run_folder, to_yaml
+from megapsft.train.profile import check_profiles
 from megapsft.train.rollout_options import DEFAULTS, OF_SERVERS_STARTED, check_options
 
 Via = Literal["sbatch", "nemo-run"]
@@ -128,6 +129,7 @@ def _check_run(config_file: Path, config: Config, cluster: ClusterConfig, nodes:
     if missing:
         return [f"{', '.join(path or 'data.path' for path in missing)} is not on this machine: checked when the job starts"]
     plan_run(config, world)
+    check_profiles(config.profile)
     return []
 
 
