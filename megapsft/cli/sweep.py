@@ -48,6 +48,7 @@ def sweep(
     from megapsft.cluster.sweep import sweep as sweeps
     from megapsft.cluster.sweep.measure import notes, rows
     from megapsft.cluster.sweep.points import Asked, parse_vary, points
+    from megapsft.platform.places import check_folder
     from megapsft.report.picture import need_matplotlib
     from megapsft.report.scaling import show_scaling, write_scaling
 
@@ -66,6 +67,7 @@ def sweep(
         ranks_per_node=machines.tasks_per_node,
         gpu=machines.gpu if machines.gpus_per_node else None,
     )
+    check_folder(f"--out {out}", out)
     found = points(asked, out)
     sweeps.check_folder(asked, out)
     if report_only and not (out / sweeps.ASKED).is_file():

@@ -17,6 +17,7 @@ from megapsft.evaluate.benchmark import load_benchmark
 from megapsft.evaluate.evaluation import Task, check_tasks, plan_task
 from megapsft.parallel import smallest_world
 from megapsft.pipeline.config import PipelineConfig, stage_config
+from megapsft.platform.places import check_folder
 from megapsft.report.picture import need_matplotlib
 from megapsft.rewards.registry import build_reward
 from megapsft.train.plan import RunPlan, plan_run
@@ -75,6 +76,7 @@ def plan_pipeline(pipeline: PipelineConfig) -> PipelinePlan:
     """
     if not pipeline.run.dir:
         raise Refused("run.dir=''", "names no folder", "give one such as runs/psft-grpo")
+    check_folder(f"run.dir={pipeline.run.dir}", Path(pipeline.run.dir))
     stages = []
     for number, stage in enumerate(pipeline.stages):
         try:

@@ -72,6 +72,13 @@ def test_a_run_looks_at_its_folder(more, tiny_models, tiny_data, tmp_path, capsy
     assert f"megapsft: run.dir={run}: lies under {tmp_path}/file, a file; name another place" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["pipeline configs/pipelines/psft-grpo.yaml", f"submit {CONFIG}"])
+def test_pipelines_and_jobs_look_at_theirs(command, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main([*command.split(), f"run.dir={tmp_path}/file/run", "--dry-run"]) == 2
+    assert f"run.dir={tmp_path}/file/run: lies under {tmp_path}/file, a file" in capsys.readouterr().err
+
+
 def test_a_model_and_evaluations_are_not_made_under_a_file(tiny_data, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file/x"

@@ -23,6 +23,7 @@ from megapsft.config import Config
 from megapsft.errors import Refused
 from megapsft.parallel import plan_mesh
 from megapsft.platform.cpu import has_cuda
+from megapsft.platform.places import check_folder
 from megapsft.policy.build import model_shape
 from megapsft.train.phases import phases
 from megapsft.train.plan import plan_run, run_folder, to_yaml
@@ -109,6 +110,8 @@ def new_stamp() -> str:
 
 def _check_run(config_file: Path, config: Config, cluster: ClusterConfig, nodes: int) -> list[str]:
     world, on_gpus = nodes * cluster.tasks_per_node, cluster.gpus_per_node > 0
+    check_profiles(config.profile)
+    check_folder(f"run.dir={config.run.dir}", Path(config.run.dir))
     try:
         hf = shape_of_model(config_file, config.model.path)
     except Refused as error:
@@ -129,7 +132,6 @@ def _check_run(config_file: Path, config: Config, cluster: ClusterConfig, nodes:
     if missing:
         return [f"{', '.join(path or 'data.path' for path in missing)} is not on this machine: checked when the job starts"]
     plan_run(config, world)
-    check_profiles(config.profile)
     return []
 
 
