@@ -15,6 +15,7 @@ from pydantic import ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from megapsft.errors import Refused
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+UNKNOWN = ("unexpected_keyword_argument", "unexpected_property")  # what pydantic calls a key that there is not
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -360,13 +361,14 @@ def build(cls: type, tree: Mapping[str, Any], at: str = "") -> Any:
     try:
         built = TypeAdapter(cls).validate_python(dict(tree))
     except ValidationError as error:
-        problem = error.errors()[0]
+        problems = error.errors()  # a key that is missing may be one that is spelled otherwise
+        problem = next((one for one in problems if one["type"] in UNKNOWN), problems[0])
     else:
         _refuse_booleans(tree, built, at)
         return built
     loc = [str(part) for part in problem["loc"]]
     key = ".".join(([at] if at else []) + loc)
-    if problem["type"] in ("unexpected_keyword_argument", "unexpected_property"):
+    if problem["type"] in UNKNOWN:
         known = known_keys(cls, loc[:-1])
         close = difflib.get_close_matches(loc[-1], known, n=1)
         remedy = (f"did you mean {close[0]!r}? " if close else "") + "known keys here: " + ", ".join(known)
@@ -374,7 +376,9 @@ def build(cls: type, tree: Mapping[str, Any], at: str = "") -> Any:
     rule, remedy = problem["msg"][0].lower() + problem["msg"][1:], "see `megapsft config` for the keys and their defaults"
     if problem["type"] == "tuple_type":
         rule, remedy = "is not a list", "write one such as [a,b]; [] is none"
-    if problem["type"] == "missing":  # of a list of so many
+    if problem["type"] == "missing":
+        if not isinstance(problem["loc"][-1], int):
+            raise Refused(key, "is missing", "add it")
         key, rule = ".".join(key.split(".")[:-1]), "has too few values"
     raise Refused(f"{key}={spelled(problem['input'])}", rule, remedy)
 

@@ -37,6 +37,8 @@ def with_stage(tree: dict, number: int, **other: object) -> None:
         (lambda tree: with_stage(tree, 1, name="psft"), "stage 'psft': is there twice"),
         (lambda tree: with_stage(tree, 1, name="start"), "stage 'start': is called as something else"),
         (lambda tree: with_stage(tree, 1, name="../b"), "stage '../b': is no name of a folder"),
+        (lambda tree: tree["stages"][1].pop("config"), "stages.1.config: is missing; add it"),
+        (lambda tree: tree["stages"][1].update(confg="psft.yaml"), "stages.1.confg: is not a config key; did you mean"),
         (lambda tree: with_stage(tree, 1, config="no.yaml"), "no.yaml: is not a file"),
         (lambda tree: with_stage(tree, 1, set={"trian": {}}), "grpo.trian: is not a config key; did you mean 'train'?"),
         (lambda tree: with_stage(tree, 1, set={"run": {"dir": "x"}}), "grpo.run.dir: is what the pipeline decides"),
