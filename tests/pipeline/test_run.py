@@ -185,7 +185,7 @@ def test_what_is_done_is_not_done_again(whole, capfd):
         ("psft.train.seed=5", "stage psft: train.seed=5: differs from the 1234 that"),
         ("grpo.optimizer.lr=1e-5", "stage grpo: optimizer.lr=1e-05: differs from the 0.0003 that"),
         ("psft.train.steps=3", "stage psft: train.steps=3: makes 3 steps, and the stage is done with 2"),
-        ("model=run/psft/hf", "stage psft: model.path='run/psft/hf': differs from the"),
+        ("model=run/psft/hf", "stage psft: model.path=run/psft/hf: differs from the"),
         ("compare.n=8", "n=8: differs from the 4 that"),
     ],
 )

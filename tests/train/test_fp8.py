@@ -52,7 +52,7 @@ def test_each_recipe_on_the_chips_that_have_it(recipe, machines):
 
 CASES = {
     "nothing without a format": ("fp8.recipe=blockwise", {}, "fp8.recipe=blockwise", "is of FP8, and fp8.format=null", "set fp8"),
-    "no gather without a format": ("fp8.param_gather=true", {}, "fp8.param_gather=True", "is of FP8", "leave it out"),
+    "no gather without a format": ("fp8.param_gather=true", {}, "fp8.param_gather=true", "is of FP8", "leave it out"),
     "no GPU": (ON, dict(machine=Machine()), "fp8.format=hybrid", "needs a CUDA GPU", "leave fp8 out"),
     "no Transformer Engine": (ON, dict(machine=dataclasses.replace(HOPPER, transformer_engine=None)), "fp8.format=hybrid",
                               "is not installed", "docs/gpu.md"),
