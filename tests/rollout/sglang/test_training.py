@@ -145,8 +145,17 @@ def test_servers_that_are_killed_and_hang(undisturbed, dense, problems, tmp_path
 
 
 def servers_of(pid: int) -> list[psutil.Process]:
-    """Of a run: those of its processes that are in the middle of `serve.py`."""
-    return [child for child in psutil.Process(pid).children(recursive=True) if str(SERVE) in command_of(child)]
+    """Of a run: those of its processes that are in the middle of `serve.py`, not what one of them forks and is yet to become."""
+    found = {child: parent_of(child) for child in psutil.Process(pid).children(recursive=True) if str(SERVE) in command_of(child)}
+    pids = {child.pid for child in found}
+    return [child for child, parent in found.items() if parent is not None and parent not in pids]
+
+
+def parent_of(process: psutil.Process) -> int | None:
+    try:
+        return process.ppid()
+    except psutil.Error:  # it ended in between
+        return None
 
 
 def with_children(*processes: psutil.Process) -> list[psutil.Process]:
