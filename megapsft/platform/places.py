@@ -20,7 +20,7 @@ def check_file(option: str, path: Path | None) -> None:
     """
     if path is None:
         return
-    if path.is_dir():
+    if os.path.isdir(path):  # pathlib's own raises where a folder on the way is closed to this user
         raise Refused(f"{option} {path}", "is a folder", "name a file in it")
     _check(f"{option} {path}", path.absolute(), [*path.absolute().parents])
 
@@ -40,8 +40,8 @@ def check_folder(value: str, folder: Path) -> None:
 
 def _check(value: str, path: Path, folders: Sequence[Path]) -> None:
     """The innermost of `folders` that is there is a folder, and may be written to."""
-    there = next(folder for folder in folders if folder.exists())
-    if not there.is_dir():
+    there = next(folder for folder in folders if os.path.exists(folder))
+    if not os.path.isdir(there):
         raise Refused(value, "is a file" if there == path else f"lies under {there}, a file", "name another place")
     if not os.access(there, os.W_OK | os.X_OK):
         raise Refused(value, f"cannot be written: {there} is not yours to write to", "name a place where you may write")

@@ -30,6 +30,9 @@ def main() -> None:
         command = [sys.executable, "-m", "tests.gpu.scenarios", str(root / "names.json"), json.dumps(jobs)]
         subprocess.run([*command, *(["--standin"] if derived else [])], check=True)
         found = json.loads((root / "names.json").read_text())
+        for one in found:
+            if "error" in one:  # of the scenario, which went on with the others
+                sys.exit(one["error"])
         families = {
             family: {"config": read_config(root / family).raw, "parameters": one["parameters"], "modules": one["modules"]}
             for family, one in zip(FAMILIES, found, strict=True)

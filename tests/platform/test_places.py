@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
 from megapsft import cli
 from megapsft.errors import Refused
-from megapsft.platform import places
 from megapsft.platform.places import check_file, check_folder
 
 CONFIG = "configs/psft/tiny-qwen3-gsm8k.yaml"
@@ -36,7 +36,7 @@ def test_new_files_and_folders_may_be_written(tmp_path):
     check_folder("run.dir", tmp_path / "some/new")
 
 
-def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
+def test_what_cannot_be_written_is_refused(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(Refused, match=f"--out {tmp_path}: is a folder; name a file in it"):
@@ -47,9 +47,32 @@ def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
         check_folder("run.dir=r", file)
     with pytest.raises(Refused, match=f"run.dir=r: lies under {file}, a file"):
         check_folder("run.dir=r", file / "a/b")
-    monkeypatch.setattr(places.os, "access", lambda path, mode: mode != os.W_OK | os.X_OK)  # as for others than root
-    with pytest.raises(Refused, match=f"cannot be written: {tmp_path} is not yours"):
-        check_folder("run.dir=r", tmp_path / "new")
+
+
+@pytest.mark.parametrize("mode", [0o500, 0o000])
+def test_a_place_of_somebody_else_is_refused(mode, tmp_path):
+    """As a user who is not root, in a process of its own: closed to writing, or to looking as well."""
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    closed.chmod(mode)
+    reads, writes = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said = b"was not refused"
+        try:
+            os.chdir(tmp_path)  # folders above it may be closed to others, too
+            if os.getuid() == 0:
+                os.setuid(65534)
+            check_file("--out", Path("closed/new/file"))
+        except BaseException as error:
+            said = repr(error).encode()
+        os.write(writes, said)
+        os._exit(0)
+    os.waitpid(child, 0)
+    said = os.read(reads, 4096).decode()
+    closed.chmod(0o700)
+    assert "Refused('--out closed/new/file: cannot be written: " in said
+    assert "is not yours to write to; name a place where you may write" in said
 
 
 @pytest.mark.parametrize("command", OF_FILES)
