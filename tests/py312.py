@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from megapsft.output.whole import write_whole
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "docs/results/py312.json"
 MARKERS = "not servers and not slurm"
@@ -139,9 +141,7 @@ def write(versions: dict[str, str], part: str, record: dict[str, Any]) -> None:
     others = [one for one in results() if one["versions"]["megatron-core"] != versions["megatron-core"]]
     environments = sorted([*others, {"versions": versions, "parts": ordered}], key=lambda one: one["versions"]["megatron-core"])
     about = {"command": "make test-py312", "environments": environments}
-    temporary = RESULT.with_suffix(".tmp")
-    temporary.write_text(json.dumps(about, indent=1) + "\n")
-    temporary.replace(RESULT)
+    write_whole(RESULT, json.dumps(about, indent=1) + "\n")
 
 
 if __name__ == "__main__":

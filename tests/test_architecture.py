@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1] / "megapsft"
 
 ROWS = (
     ("errors",),
-    ("types", "config"),
+    ("types", "config", "output"),
     ("platform", "parallel", "metrics"),
     ("data", "rollout", "rewards", "advantages", "objectives", "models"),
     ("policy",),

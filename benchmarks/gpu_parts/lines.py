@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from megapsft.output.whole import write_whole
 
 MEASURED, FAILED, NEEDS, NOT_REACHED = "measured", "failed", "needs", "not reached"
 OF_A_MACHINE = re.compile(r"(?:/[\w.+@-]+)+/([\w.+@-]+)")  # paths say nothing elsewhere
@@ -39,9 +40,7 @@ class Lines:
         """Write what there is; whole, or not at all."""
         found = json.loads(self.file.read_text()) if self.file.exists() else {}
         found[self.part] = {"facts": self.facts, "lines": self.lines}
-        beside = self.file.with_suffix(".new")
-        beside.write_text(json.dumps(found))
-        os.replace(beside, self.file)
+        write_whole(self.file, json.dumps(found))
 
 
 def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from megapsft.checkpoint.unfinished import check_free
 from megapsft.data.rows import read_texts
 from megapsft.errors import Refused
 from megapsft.models.families import family_of
-from megapsft.platform.places import check_folder
+from megapsft.output.places import check_folder
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHATML = (

@@ -52,9 +52,9 @@ def audit(
     from megapsft.checkpoint.hf import read_config
     from megapsft.config import load_config
     from megapsft.data.chat_template import ChatTemplate
+    from megapsft.output.places import check_file
     from megapsft.parallel import plan_mesh
     from megapsft.platform.cpu import has_cuda
-    from megapsft.platform.places import check_file
     from megapsft.policy.build import model_shape
     from megapsft.report.audit import show_audit, write_audit
     from megapsft.report.audit_page import write_page

@@ -46,8 +46,8 @@ def compare(
         json: JSON to write; as RUN/compare.json the report of the run shows it.
         nproc_per_node: processes to start here; default: the GPUs of this machine, or the fewest that the split needs.
     """
+    from megapsft.output.places import check_file
     from megapsft.platform.launch import become_world_of_one, torchrun
-    from megapsft.platform.places import check_file
     from megapsft.train.compare import config_of, plan_comparison
 
     if not tuned:

@@ -21,7 +21,7 @@ def curves(runs: tyro.conf.Positional[tuple[Path, ...]], *, out: Path) -> int:
     """
     from rich.console import Console
 
-    from megapsft.platform.places import check_file
+    from megapsft.output.places import check_file
     from megapsft.report.curves import draw_curves
     from megapsft.report.step import draw_steps, spent_by, step_table
     from megapsft.report.table import phase_table

@@ -58,7 +58,7 @@ def evaluate(
     from megapsft.evaluate.benchmark import load_benchmark
     from megapsft.evaluate.evaluation import RESULTS, plan_task, show
     from megapsft.evaluate.evaluation import evaluate as answer
-    from megapsft.platform.places import check_folder
+    from megapsft.output.places import check_folder
     from megapsft.rewards.registry import build_reward
 
     options = engine.resolved()
@@ -107,15 +107,15 @@ def _lm_eval(task: Path, model: Path, folder: Path, engine: EngineOptions, limit
     from megapsft.data.chat_template import ChatTemplate
     from megapsft.evaluate.engine import open_engine
     from megapsft.evaluate.harness import Answers, need_lm_eval, run_task
+    from megapsft.output.whole import write_whole
 
     need_lm_eval()
     template = ChatTemplate.load(model)
     with open_engine(model, engine.resolved(), engine.dtype_for(model), folder / "servers") as opened:
         answers = Answers(opened, template, read_config(model).max_position_embeddings, engine.seed)
         found = run_task(task, answers, limit=limit)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"lm-eval-{task.stem}.json"
-    path.write_text(json.dumps(found, indent=1, default=str) + "\n")
+    write_whole(path, json.dumps(found, indent=1, default=str) + "\n")
     for name, value in found.items():
         print(f"{name}: {value}")
     print(f"wrote {path}")

@@ -37,7 +37,7 @@ def make_data(
         level: of problems that are made up; easy ones have one sum or difference, worded ones (the default) up to three steps.
     """
     from megapsft.data.arithmetic import generate, preferences, read_problems, rollouts, write_jsonl
-    from megapsft.platform.places import check_file
+    from megapsft.output.places import check_file
 
     check_file("--out", out)
     if kind != "rollouts" and rollouts_per_prompt is not None:

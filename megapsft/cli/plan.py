@@ -44,7 +44,7 @@ def plan(
     from megapsft.cluster.propose import propose
     from megapsft.cluster.show import show_estimate, show_proposals, write_estimate
     from megapsft.config import load_config
-    from megapsft.platform.places import check_file
+    from megapsft.output.places import check_file
 
     check_file("--json", json)
     resolved = load_config(config, OVERRIDES)

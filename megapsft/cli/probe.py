@@ -38,8 +38,8 @@ def probe(
         nproc_per_node: processes to start here; default: the GPUs of this machine, or the fewest that the split needs.
     """
     from megapsft.config import RunConfig, load_config
+    from megapsft.output.places import check_file
     from megapsft.platform.launch import become_world_of_one, torchrun
-    from megapsft.platform.places import check_file
     from megapsft.report.picture import need_matplotlib
     from megapsft.train.plan import plan_run
     from megapsft.train.probe import first_groups

@@ -24,7 +24,7 @@ def report(folders: tyro.conf.Positional[tuple[Path, ...]], *, out: Path = Path(
     """
     from rich.console import Console
 
-    from megapsft.platform.places import check_file
+    from megapsft.output.places import check_file
     from megapsft.report.folders import read_folders
     from megapsft.report.page import write_report
     from megapsft.report.table import phase_table

@@ -51,7 +51,7 @@ def rollout(
     from megapsft.data.chat_template import ChatTemplate
     from megapsft.evaluate.batch_inference import rollout as sample
     from megapsft.evaluate.benchmark import load_benchmark
-    from megapsft.platform.places import check_file
+    from megapsft.output.places import check_file
     from megapsft.rewards.registry import build_reward
     from megapsft.rollout.base import Sampling
 

@@ -48,7 +48,7 @@ def sweep(
     from megapsft.cluster.sweep import sweep as sweeps
     from megapsft.cluster.sweep.measure import notes, rows
     from megapsft.cluster.sweep.points import Asked, parse_vary, points
-    from megapsft.platform.places import check_folder
+    from megapsft.output.places import check_folder
     from megapsft.report.picture import need_matplotlib
     from megapsft.report.scaling import show_scaling, write_scaling
 

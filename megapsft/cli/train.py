@@ -47,8 +47,8 @@ def train(
 
     asked = None if dry_run else HeldSignal(signal.SIGUSR1)  # before the imports, which take seconds
     from megapsft.config import load_config
+    from megapsft.output.places import check_folder
     from megapsft.platform.launch import become_world_of_one, torchrun
-    from megapsft.platform.places import check_folder
     from megapsft.report.plan import show_plan
     from megapsft.train.plan import plan_run, run_folder, with_profile
     from megapsft.train.profile import check_profiles

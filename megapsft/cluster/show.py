@@ -16,6 +16,7 @@ from megapsft.cluster.memory import ROWS, RUNTIME, USABLE
 from megapsft.cluster.propose import overrides
 from megapsft.cluster.workload import ASSUMED
 from megapsft.models.families import parameter_count
+from megapsft.output.whole import write_whole
 from megapsft.platform.chips import GB, GIB
 
 MOST_COLUMNS = 4  # stages that are shown; those between are like their neighbours
@@ -167,5 +168,4 @@ def write_estimate(found: Estimate, proposals: Sequence[Estimate] | None, file: 
         "assumptions": assumptions(found),
         "proposals": [one.as_dict() | {"overrides": overrides(one.config.parallel)} for one in proposals or ()],
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(tree, indent=2) + "\n")
+    write_whole(file, json.dumps(tree, indent=2) + "\n")

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from megapsft.config import ColumnsConfig
 from megapsft.data.rows import read_rows
 from megapsft.errors import Refused
+from megapsft.output.whole import whole
 
 MOST = 100_000  # far fewer than there are different problems, so drawing again on a repeat stays cheap
 
@@ -119,9 +120,7 @@ def wrong(answer: str, rng: random.Random) -> str:
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
     """One JSON object a line; missing folders are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    with whole(Path(path)) as place, place.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 

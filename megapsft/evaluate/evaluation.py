@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from megapsft.evaluate.journal import Journal
 from megapsft.evaluate.protocol import protocol_of
 from megapsft.evaluate.sample import Unit, fill, open_progress, rollout_of, units
 from megapsft.evaluate.score import Result, score, summarise
+from megapsft.output.whole import write_whole
 from megapsft.rewards.registry import build_reward, build_rewards
 from megapsft.rollout.base import Rollout, Sampling
 from megapsft.train.rollout_record import rollout_record
@@ -172,10 +172,8 @@ def _write(path: Path, model: Path, evaluated: Sequence[Evaluated], rewards: Seq
     for one in evaluated:
         sampling = {key: value for key, value in asdict(one.task.sampling).items()}
         benchmarks[one.result.benchmark] = {"n": one.task.n, "sampling": sampling, **asdict(one.result)}
-    beside = path.with_name(path.name + ".tmp")
-    whole = {"model": str(model), "rewards": [dict(entry) for entry in rewards], "metrics": metrics, "benchmarks": benchmarks}
-    beside.write_text(json.dumps(whole, indent=1) + "\n")
-    os.replace(beside, path)
+    content = {"model": str(model), "rewards": [dict(entry) for entry in rewards], "metrics": metrics, "benchmarks": benchmarks}
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def table(evaluated: Sequence[Evaluated]) -> Table:

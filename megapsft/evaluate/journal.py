@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megapsft.errors import Refused
+from megapsft.output.whole import write_whole
 
 
 class Journal:
@@ -81,12 +82,7 @@ class Journal:
         if os.fstat(self._file.fileno()).st_size:
             rule = f"is there, without {self.options_path.name} that says how it was made"
             raise Refused(str(self.path), rule, "name another file, or remove it")
-        beside = self.options_path.with_name(self.options_path.name + ".tmp")
-        with beside.open("w") as file:
-            json.dump(options, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, self.options_path)
+        write_whole(self.options_path, json.dumps(options, indent=2))
 
     def read(self) -> Iterator[dict[str, Any]]:
         """All records in the order of the file."""

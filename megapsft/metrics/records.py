@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megapsft.errors import Refused
+from megapsft.output.whole import write_whole
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -61,12 +62,7 @@ class JSONLines:
         """Keep only records up to and with `update`. A crash leaves the old file or the new one, never half of one."""
         kept = [record for record in read_records(self.path) if record["update"] <= update]
         self._file.close()
-        beside = self.path.with_name(self.path.name + ".tmp")
-        with beside.open("w") as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, self.path)
+        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = self.path.open("a")
 
     def close(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Literal
 from megapsft.errors import Refused
 from megapsft.metrics.shown import Picture, Shown
 from megapsft.metrics.trackers import missing
+from megapsft.output.whole import write_whole
 
 ID, SENT = "wandb_id", "wandb_sent.json"
 
@@ -105,9 +105,7 @@ class WandB:
             return
         self._run.log({"update": update, **values}, step=self._rows, commit=True)
         self._rows, self._sent = self._rows + 1, max(self._sent, update)
-        beside = self._file.with_name(f"{SENT}.tmp")
-        beside.write_text(json.dumps({"rows": self._rows, "update": self._sent}) + "\n")
-        os.replace(beside, self._file)
+        write_whole(self._file, json.dumps({"rows": self._rows, "update": self._sent}) + "\n")
 
 
 __all__ = ["WandB"]

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megapsft.errors import Refused
+from megapsft.output.whole import is_special
 
 
 def check_file(option: str, path: Path | None) -> None:
-    """That a file can be written there, new or in the place of an old one; nothing where there is no path.
+    """That a file can be written there, new or in the place of an old one, as `whole` does; nothing where there is no path.
 
     Args:
         option: what the user calls it, such as `--out`.
@@ -20,9 +21,14 @@ def check_file(option: str, path: Path | None) -> None:
     """
     if path is None:
         return
+    if is_special(path):
+        if not os.access(path, os.W_OK):
+            raise Refused(f"{option} {path}", "is not yours to write to", "name a place where you may write")
+        return
     if os.path.isdir(path):  # pathlib's own raises where a folder on the way is closed to this user
         raise Refused(f"{option} {path}", "is a folder", "name a file in it")
-    _check(f"{option} {path}", path.absolute(), [*path.absolute().parents])
+    real = Path(os.path.realpath(path))
+    _check(f"{option} {path}", real, [*real.parents])
 
 
 def check_folder(value: str, folder: Path) -> None:

@@ -6,8 +6,7 @@ import gc
 import hashlib
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from megapsft.data.pack import pack
 from megapsft.data.plan import Layout
 from megapsft.evaluate.engine import dtype_of, open_engine, weights_digest
 from megapsft.evaluate.evaluation import Evaluated, evaluate
+from megapsft.output.whole import write_whole
 from megapsft.pipeline.config import START
 from megapsft.pipeline.plan import PipelinePlan
 from megapsft.policy.build import Policy
@@ -76,7 +76,7 @@ def measure(plan: PipelinePlan, stage: str) -> list[dict[str, Any]]:
         own = _tokens(model, responses, plan.template, out)
         before = own if stage == START else _tokens(first, responses, plan.template, out)
         rows = [_row(stage, *one) for one in zip(evaluated, own, before, strict=True)]
-        _write(folder / ROW, {"identity": decides, "rows": rows})
+        write_whole(folder / ROW, json.dumps({"identity": decides, "rows": rows}, indent=1) + "\n")
     _release()
     return rows
 
@@ -144,13 +144,6 @@ def _kept(path: Path, decides: str) -> list[dict[str, Any]] | None:
     except (OSError, ValueError):
         return None
     return found["rows"] if isinstance(found, dict) and found.get("identity") == decides else None
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    """The old file or the new one, never half of one."""
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(beside, path)
 
 
 def _release() -> None:

@@ -15,9 +15,9 @@ from megapsft.data.chat_template import ChatTemplate
 from megapsft.errors import Refused
 from megapsft.evaluate.benchmark import load_benchmark
 from megapsft.evaluate.evaluation import Task, check_tasks, plan_task
+from megapsft.output.places import check_folder
 from megapsft.parallel import smallest_world
 from megapsft.pipeline.config import PipelineConfig, stage_config
-from megapsft.platform.places import check_folder
 from megapsft.report.picture import need_matplotlib
 from megapsft.rewards.registry import build_reward
 from megapsft.train.plan import RunPlan, plan_run

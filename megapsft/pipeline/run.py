@@ -17,6 +17,7 @@ from megapsft.errors import Refused
 from megapsft.evaluate.engine import weights_digest
 from megapsft.metrics.records import read_records
 from megapsft.metrics.shown import Picture
+from megapsft.output.whole import write_whole
 from megapsft.pipeline.config import START
 from megapsft.pipeline.measure import ROW, measure
 from megapsft.pipeline.plan import PipelinePlan, Stage, plan_stage
@@ -85,10 +86,7 @@ def _check_start(stage: Stage) -> None:
     """Refuse to go on from other weights than the stage was started from, and write down which they are."""
     file, weights = stage.folder / STARTED_FROM, weights_digest(stage.model)
     if not file.is_file():
-        stage.folder.mkdir(parents=True, exist_ok=True)
-        beside = file.with_name(f"{STARTED_FROM}.tmp")
-        beside.write_text(json.dumps({"model": str(stage.model), "weights": weights}) + "\n")
-        os.replace(beside, file)
+        write_whole(file, json.dumps({"model": str(stage.model), "weights": weights}) + "\n")
     elif json.loads(file.read_text())["weights"] != weights:
         rule = f"was started from other weights than {stage.model} holds now"
         raise Refused(f"stage {stage.name}", rule, f"remove {stage.folder} to train it anew, or use another run.dir")
@@ -96,9 +94,7 @@ def _check_start(stage: Stage) -> None:
 
 def _train(stage: Stage, environment: Mapping[str, str]) -> int:
     """`megapsft train` of the stage's resolved config; its exit code."""
-    beside = stage.config_file.with_suffix(".yaml.tmp")
-    beside.write_text(to_yaml(stage.config))
-    os.replace(beside, stage.config_file)
+    write_whole(stage.config_file, to_yaml(stage.config))
     return run_alone([sys.executable, "-u", "-m", "megapsft.cli", "train", str(stage.config_file)], environment)
 
 

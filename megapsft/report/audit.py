@@ -16,6 +16,7 @@ from rich.text import Text
 from megapsft.audit.audit import Audit, ShownRow, ShownSample
 from megapsft.audit.lengths import Histogram
 from megapsft.audit.spans import Kind, Span
+from megapsft.output.whole import write_whole
 
 MARKS: dict[Kind, tuple[str, str]] = {  # around tokens of a kind, so that it can be read without colours
     "prompt": ("", ""),
@@ -65,8 +66,7 @@ def show_audit(audit: Audit, console: Console | None = None) -> None:
 
 def write_audit(audit: Audit, path: Path) -> None:
     """All of it as JSON; folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(audit.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(audit.to_dict(), indent=1, ensure_ascii=False) + "\n")
 
 
 def overview(audit: Audit) -> Table:

@@ -10,10 +10,11 @@ from megapsft.audit.audit import Audit, ShownRow, ShownSample, Warned
 from megapsft.audit.lengths import Histogram as Lengths
 from megapsft.audit.lengths import Packing
 from megapsft.audit.rows import DROPS
+from megapsft.output.whole import write_whole
 from megapsft.report.audit import MEANINGS, head, overview_rows, shortened, title, visible
 from megapsft.report.figure import Bars, Histogram, Mark, Series
 from megapsft.report.html import figure
-from megapsft.report.style import document, section, write
+from megapsft.report.style import document, section
 
 HEAD, TAIL = 3000, 1000  # characters of a long span that are on the page
 NUMBERS = 60  # rows that a table names
@@ -42,7 +43,7 @@ ul.legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .
 
 def write_page(audit: Audit, path: Path) -> None:
     """The page, the old file or the new one; folders are made."""
-    write(page(audit), path)
+    write_whole(path, page(audit))
 
 
 def page(audit: Audit) -> str:

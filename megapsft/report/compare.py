@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from megapsft.errors import Refused
+from megapsft.output.whole import write_whole
 from megapsft.report.dynamics import distance_grid, dynamics
 from megapsft.report.figure import Figure, Grid
 from megapsft.report.html import figure
 from megapsft.report.probabilities import probability_histogram
 from megapsft.report.shifts import heat, last_of_each, shift_histogram, words
-from megapsft.report.style import document, section, write
+from megapsft.report.style import document, section
 from megapsft.train.comparison import Comparison, Seen, from_json, to_json
 
 THRESHOLDS = (0.01, 0.1, 0.5)  # of |shift|
@@ -117,15 +118,12 @@ def write_page(comparison: Comparison, path: Path) -> None:
         section(name, f'<div class="figures">{"".join(map(figure, shown))}</div>') for name, shown in figures(comparison).items()
     )
     header = f"<header><h1>{escape(title)}</h1><p class=soft>{escape(said)}</p></header>"
-    write(document(title, f"{header}<main>{body}</main>"), path)
+    write_whole(path, document(title, f"{header}<main>{body}</main>"))
 
 
 def write_json(comparison: Comparison, path: Path) -> None:
     """Everything that was measured, to be read by `read_json`; folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(json.dumps(to_json(comparison), ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    beside.replace(path)
+    write_whole(path, json.dumps(to_json(comparison), ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Comparison:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.measure import Measurement
 
 from megapsft.metrics.shown import Table
+from megapsft.output.whole import write_whole
 from megapsft.report.figure import Bars, Series
 from megapsft.report.png import write_png
 from megapsft.report.table import percent, to_rich
@@ -24,14 +24,9 @@ Row = Mapping[str, Any]  # of one stage and one benchmark, as megapsft/pipeline/
 
 def write_hand_off(rows: Sequence[Row], folder: Path) -> None:
     """hand-off.json, .md and .png in the folder: each the old file or the new one, never half of one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    json_file, markdown, picture = (folder / f"{NAME}.{kind}" for kind in ("json", "md", "png"))
-    beside = folder / f".{NAME}.tmp"
-    for path, text in ((json_file, json.dumps(list(rows), indent=1) + "\n"), (markdown, hand_off_of(rows).markdown())):
-        beside.write_text(text)
-        os.replace(beside, path)
-    draw_hand_off(rows, beside)
-    os.replace(beside, picture)
+    write_whole(folder / f"{NAME}.json", json.dumps(list(rows), indent=1) + "\n")
+    write_whole(folder / f"{NAME}.md", hand_off_of(rows).markdown())
+    draw_hand_off(rows, folder / f"{NAME}.png")
 
 
 def show_hand_off(rows: Sequence[Row]) -> None:

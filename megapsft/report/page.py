@@ -5,6 +5,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
+from megapsft.output.whole import write_whole
 from megapsft.report.audit import visible
 from megapsft.report.figure import Switched
 from megapsft.report.folders import Shown
@@ -12,7 +13,7 @@ from megapsft.report.html import figure
 from megapsft.report.run import AXES
 from megapsft.report.section import Section
 from megapsft.report.sections import sections
-from megapsft.report.style import anchor, document, section, write
+from megapsft.report.style import anchor, document, section
 
 FIRST = next(iter(AXES))
 STYLE = """
@@ -34,7 +35,7 @@ section { scroll-margin-top: 3rem; }
 
 def write_report(shown: Shown, path: Path) -> None:
     """The page, the old file or the new one; folders are made."""
-    write(page(shown), path)
+    write_whole(path, page(shown))
 
 
 def page(shown: Shown) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, BinaryIO
 
+from megapsft.output.whole import whole
 from megapsft.report.axis import Axis as Extent
 from megapsft.report.axis import axis_of, written, x_axis
 from megapsft.report.figure import Bars, Chart, Histogram, Line, Mark
@@ -39,8 +40,10 @@ def write_png(figures: Sequence[Chart | Histogram | Bars], out: str | Path | Bin
 
 def save(figure: Figure, out: str | Path | BinaryIO) -> None:
     if isinstance(out, str | Path):
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=DPI, format="png")
+        with whole(Path(out)) as place:
+            figure.savefig(place, dpi=DPI, format="png")
+    else:
+        figure.savefig(out, dpi=DPI, format="png")
 
 
 def canvas(figures: Sequence[Chart | Histogram | Bars], columns: int = 3) -> Figure:

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megapsft.output.whole import write_whole
 from megapsft.report.picture import LINES
 from megapsft.report.png import save
 from megapsft.train.noise import QUANTILES, Floor, Row
@@ -159,8 +160,7 @@ def write_probe(probe: Probe, plan: RunPlan, out: Path) -> None:
         "rows": [_row_json(row, probe.floor(row)) for row in probe.rows],
         "precisions": [_precision_json(precision) for precision in probe.precisions],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_whole(out, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def _row_json(row: Row, floor: Floor) -> dict[str, Any]:

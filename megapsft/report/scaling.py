@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from megapsft.output.whole import write_whole
 from megapsft.report.figure import Chart, Line
 from megapsft.report.png import write_png
 
@@ -51,18 +51,15 @@ def write_scaling(rows: Sequence[Row], notes: Sequence[str], folder: Path) -> li
     Args:
         notes: what the figures rest on.
     """
-    beside = folder / f".{REPORT}.tmp"
     texts = {
         folder / f"{REPORT}.json": json.dumps({"notes": list(notes), "points": list(rows)}, indent=1) + "\n",
         folder / f"{REPORT}.md": to_markdown(rows, notes),
     }
     found = list(texts)
     for path, text in texts.items():
-        beside.write_text(text)
-        os.replace(beside, path)
+        write_whole(path, text)
     if any(row["measured"] for row in rows):
-        draw_scaling(rows, beside)
-        os.replace(beside, folder / PICTURE)
+        draw_scaling(rows, folder / PICTURE)
         found.append(folder / PICTURE)
     return found
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from megapsft.errors import Refused
 from megapsft.metrics.names import PARTS
 from megapsft.metrics.records import read_records
 from megapsft.metrics.shown import Table
+from megapsft.output.whole import write_whole
 from megapsft.report.picture import need_matplotlib
 from megapsft.report.png import save
 from megapsft.report.table import to_rich
@@ -97,9 +97,7 @@ def write_spent(found: Spent, run: Path) -> None:
     """RUN/time.json: the old file or the new one, never half of one."""
     content = dataclasses.asdict(found)
     content["parts"] = {name: {"seconds": s, "share": s / found.seconds} for name, s in found.parts.items()}
-    beside = run / f".{NAME}.tmp"
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(beside, run / NAME)
+    write_whole(run / NAME, json.dumps(content, indent=1) + "\n")
 
 
 def draw_steps(runs: Mapping[str, Path], out_png: Path) -> None:

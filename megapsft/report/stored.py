@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megapsft.errors import Refused
+from megapsft.output.whole import write_whole
 from megapsft.report.figure import Bars, Chart, Grid, Histogram, Line, Mark, Series, Span
 from megapsft.report.png import write_png
 
@@ -32,8 +33,7 @@ class Measurement:
 
 def write_measurement(measured: dict[str, Any], figures: Sequence[Stored], out_json: Path, out_png: Path | None = None) -> None:
     """Write what was measured with its figures; and draw those that are not tables. Folders are made."""
-    out_json.parent.mkdir(parents=True, exist_ok=True)
-    out_json.write_text(json.dumps(measured | {FIGURES: [to_json(figure) for figure in figures]}, indent=1) + "\n")
+    write_whole(out_json, json.dumps(measured | {FIGURES: [to_json(figure) for figure in figures]}, indent=1) + "\n")
     if out_png is not None:
         write_png([figure for figure in figures if not isinstance(figure, Grid)], out_png)
 

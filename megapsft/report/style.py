@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from html import escape
-from pathlib import Path
 
 from megapsft.report.picture import LINES
 
@@ -81,12 +79,4 @@ def anchor(name: str) -> str:
     return escape("-".join("".join(letter if letter.isalnum() else " " for letter in name.lower()).split()))
 
 
-def write(page: str, path: Path) -> None:
-    """The page, the old file or the new one; folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, path)
-
-
-__all__ = ["anchor", "document", "section", "write"]
+__all__ = ["anchor", "document", "section"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megapsft.errors import Refused
+from megapsft.output.whole import write_whole
 from megapsft.policy.build import Policy
 from megapsft.train.noise import Bench, Floor
 from megapsft.train.plan import RunPlan
@@ -62,7 +63,7 @@ class Evidence:
             "quantiles": {str(q): value for q, value in self.floor.quantiles.items()},
             "max": self.floor.largest,
         }
-        (folder / FILE).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_whole(folder / FILE, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def gather_evidence(policy: Policy, plan: RunPlan, groups: Sequence[Group], limit: float) -> Evidence | None:

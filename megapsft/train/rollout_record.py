@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megapsft.data.chat_template import ChatTemplate
+from megapsft.output.whole import whole
 from megapsft.rewards.sum import Response, Scored
 from megapsft.rollout.base import Rollout
 
@@ -58,8 +58,5 @@ def group_record(
 
 def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """All of them or no file; values that JSON does not have, as Parquet may, become text."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
+    with whole(path) as place, place.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
-    os.replace(unfinished, path)

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megapsft.output.whole import write_whole
+
 REQUEST, MARKER = "stop", "stopped.json"
 STOPPED = os.EX_TEMPFAIL  # 75: exit code of `megapsft train` where the run was stopped, and not finished
 REASONS = ("", "time", "file", "signal")  # where there are several, the last of them is written down
@@ -50,9 +52,7 @@ class Stop:
     def settle(self, step: int, reason: str | None) -> None:
         """On one rank, when all is saved: leave the marker where the run was stopped, and nothing that asks."""
         if reason is not None:
-            beside = self.folder / f"{MARKER}.tmp"
-            beside.write_text(json.dumps({"step": step, "reason": reason}) + "\n")
-            os.replace(beside, self.folder / MARKER)
+            write_whole(self.folder / MARKER, json.dumps({"step": step, "reason": reason}) + "\n")
         withdraw(self.folder)
 
 

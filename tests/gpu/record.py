@@ -7,7 +7,6 @@ A check says what it measured by pytest's `record_property(name, value)`, where 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 from benchmarks.gpu_parts.lines import without_folders
 from benchmarks.gpu_parts.machine import alike, machine
+from megapsft.output.whole import write_whole
 
 MOST = 3000  # characters of an error, its last
 
@@ -66,7 +66,4 @@ class Record:
     def write(self) -> None:
         """Whole, or not at all."""
         counts = dict(Counter(test["outcome"] for test in self.tests.values()))
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.file.with_suffix(".new")
-        beside.write_text(json.dumps(self.result | {"counts": counts, "tests": list(self.tests.values())}, indent=1) + "\n")
-        os.replace(beside, self.file)
+        write_whole(self.file, json.dumps(self.result | {"counts": counts, "tests": list(self.tests.values())}, indent=1) + "\n")

@@ -9,7 +9,7 @@ import pytest
 
 from megapsft import cli
 from megapsft.errors import Refused
-from megapsft.platform.places import check_file, check_folder
+from megapsft.output.places import check_file, check_folder
 
 CONFIG = "configs/psft/tiny-qwen3-gsm8k.yaml"
 OF_FILES = {

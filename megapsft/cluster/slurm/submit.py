@@ -21,9 +21,9 @@ from megapsft.cluster.slurm.records import Record
 from megapsft.cluster.slurm.script import Script, lint
 from megapsft.config import Config
 from megapsft.errors import Refused
+from megapsft.output.places import check_folder
 from megapsft.parallel import plan_mesh
 from megapsft.platform.cpu import has_cuda
-from megapsft.platform.places import check_folder
 from megapsft.policy.build import model_shape
 from megapsft.train.phases import phases
 from megapsft.train.plan import plan_run, run_folder, to_yaml

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from megapsft.cluster.slurm.submit import prepare, submit
 from megapsft.cluster.sweep.points import Asked, Point
 from megapsft.config import flatten, load_config
 from megapsft.errors import Refused
+from megapsft.output.whole import write_whole
 from megapsft.train.plan import to_yaml
 
 ASKED, LOCK = "sweep.json", ".lock"
@@ -108,10 +108,10 @@ def _compared(told: dict[str, Any]) -> dict[str, Any]:
 def write(asked: Asked, points: Sequence[Point], folder: Path) -> None:
     """What was asked, and a config for each point that can run."""
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / ASKED, json.dumps(as_json(asked), indent=1) + "\n")
+    write_whole(folder / ASKED, json.dumps(as_json(asked), indent=1) + "\n")
     for point in points:
         if not point.refused:
-            _replace(folder / f"{point.name}.yaml", to_yaml(point.config))
+            write_whole(folder / f"{point.name}.yaml", to_yaml(point.config))
 
 
 def submit_missing(
@@ -145,10 +145,3 @@ def _submitted(point: Point, config_file: Path, cluster: ClusterConfig, say: Cal
     for note in prepared.notes:
         say(f"{point.name}: {note}")
     return State(name="pending", job=job)
-
-
-def _replace(path: Path, text: str) -> None:
-    """The old file or the new one, never half of one."""
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(text)
-    os.replace(beside, path)
