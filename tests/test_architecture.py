@@ -45,7 +45,7 @@ NEVER_IN = {"torch": {"rewards", "advantages", "config"}}
 ONLY_WITH = {  # beside what is Python's own
     "objectives": {"torch", "pydantic", "megapsft.types", "megapsft.errors", "megapsft.objectives"},
 }
-READS_PICKLES = Path("checkpoint/files/torch_dist.py")  # with a list of the classes that may be in them
+READS_PICKLES = Path("checkpoint/files/pickles.py")  # with a list of the classes that may be in them
 WRITES_PICKLES = Path("rollout/sglang/shared_memory.py")  # for servers on loopback, whose protocol it is
 EVERYWHERE_NEVER = {"pickle", "dill", "cloudpickle", "joblib", "ray"}
 OF_A_MACHINE = re.compile(r"/(home|root|work|tmp|Users|mnt|media|scratch|lustre|gpfs|nfs|opt|srv|shared)(/|$)")

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from megapsft.checkpoint.files import direct
-from megapsft.checkpoint.files.torch_dist import Chunk, Envelope, envelope, nothing_record, write_metadata
+from megapsft.checkpoint.files.records import Chunk, Envelope, envelope, nothing_record
+from megapsft.checkpoint.files.torch_dist import write_metadata
 from megapsft.checkpoint.weights import Shape, Stored
 from megapsft.models.adapters import adapter_places
 from megapsft.models.families import family_of

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megapsft.checkpoint.files.direct import Buffers, Source, as_bytes
-from megapsft.checkpoint.files.torch_dist import Chunk, Index, Records, read_index
+from megapsft.checkpoint.files.records import Chunk, Records
+from megapsft.checkpoint.files.torch_dist import Index, read_index
 from megapsft.checkpoint.weights import Shape, Stored
 from megapsft.checkpoint.weights.hf import some
 from megapsft.errors import Refused

@@ -18,15 +18,12 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from megapsft.checkpoint.convert.memory import resident
 from megapsft.checkpoint.files.direct import Buffers, Source
+from megapsft.checkpoint.files.records import Chunk, Records, envelope, nothing_record
 from megapsft.checkpoint.files.torch_dist import (
     COMMON,
     FORMAT,
     METADATA,
-    Chunk,
-    Records,
     check_harmless,
-    envelope,
-    nothing_record,
     read_index,
     read_metadata,
     write_metadata,
