@@ -27,7 +27,8 @@ from megapsft.config import RolloutConfig
 from megapsft.errors import Refused
 from megapsft.rollout.base import Request, Rollout, Sampling
 from megapsft.rollout.sglang.client import Rejected, Unanswered, checked_url, generate, on_loopback
-from megapsft.rollout.sglang.pool import Member, Pool, Update
+from megapsft.rollout.sglang.fleet import Member
+from megapsft.rollout.sglang.pool import Pool, Update
 from megapsft.rollout.sglang.router import servers_behind
 from megapsft.rollout.sglang.server import Server, find_python
 

@@ -6,12 +6,10 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,14 +17,13 @@ from torch import Tensor
 from megapsft.config import RolloutConfig
 from megapsft.errors import Refused
 from megapsft.rollout.sglang.checksum import Checksums, Expected, difference, reported, summary
-from megapsft.rollout.sglang.client import About, Client, OtherWeights, Unanswered
+from megapsft.rollout.sglang.client import Client, OtherWeights, Unanswered
+from megapsft.rollout.sglang.fleet import CONTROL_SECONDS, LEAST_HEALTH_SECONDS, Fleet, Member
 from megapsft.rollout.sglang.server import Server
 from megapsft.rollout.sglang.weights import ByGroup, ByMemory, Copy, buckets, read_folder
 
 log = logging.getLogger(__name__)
 
-CONTROL_SECONDS = 30.0  # of a call that has nothing to wait for
-LEAST_HEALTH_SECONDS = 5.0  # SGLang's own check takes one at least, and a prefill may be in its way
 MISSES = 2  # checks one after the other, until a server counts as hung
 FAILURES = 3  # requests one after the other, until a server counts as broken though it is healthy
 LONGEST_REST = 600.0  # seconds until a server that fails again and again is looked at again
@@ -43,72 +40,6 @@ class Update:
     paused_seconds: float  # of them, in which no server generated
     servers: int  # that have the new weights
     checksum: str  # of what these servers hold, which is what was sent
-
-
-@dataclass(eq=False, kw_only=True)
-class Member:
-    """A server in the pool, with the thread that watches over it."""
-
-    url: str
-    process: Server | None  # where it is ours
-    client: Client = field(init=False)
-    state: Literal["starting", "ready", "out", "ended"] = "starting"
-    cause: str = ""  # why it is out or ended
-    device: str = "cpu"
-    tp_size: int = 1
-    routed_experts: bool = False
-    running: int = 0  # requests
-    failures: int = 0  # of requests, one after the other
-    outs: int = 0  # how often it was taken out
-    woken: threading.Event = field(default_factory=threading.Event)
-
-    def __post_init__(self) -> None:
-        self.client = Client(self.url)
-
-    def has(self, about: About) -> None:
-        self.device, self.tp_size, self.routed_experts = about.device, about.tp_size, about.routed_experts
-
-
-class Fleet:
-    """The servers that take part in an update; who fails is taken out of the pool."""
-
-    def __init__(self, pool: Pool, members: Sequence[Member]):
-        self._pool, self._members = pool, list(members)
-
-    def targets(self) -> list[Member]:
-        return list(self._members)
-
-    def lose(self, cause: str) -> None:
-        """All of them."""
-        for member in self.targets():
-            self._lose(member, cause)
-
-    def _lose(self, member: Member, cause: str) -> None:
-        self._members.remove(member)
-        self._pool.take_out(member, f"its weights are not known: {cause}")
-        for path in ("/end_weight_update", "/continue_generation"):  # so that it answers, though nobody asks
-            with suppress(Unanswered):
-                member.client.post(path, LEAST_HEALTH_SECONDS)
-
-    def each(self, call: Callable[[Member], Any], meanwhile: Callable[[], None] | None = None) -> None:
-        """Call for all at once; `meanwhile` runs in this thread, and where it fails all have failed."""
-        if not self._members:
-            return
-        with ThreadPoolExecutor(len(self._members), thread_name_prefix="weights") as threads:
-            calls = {member: threads.submit(call, member) for member in self._members}
-            failed: dict[Member, str] = {}
-            if meanwhile is not None:
-                try:
-                    meanwhile()
-                except (RuntimeError, OSError, Unanswered) as error:  # of torch.distributed: RuntimeError and its kin
-                    failed = {member: f"{type(error).__name__}: {error}".splitlines()[0] for member in self._members}
-            for member, answer in calls.items():
-                try:
-                    answer.result()
-                except Unanswered as error:
-                    failed[member] = str(error)
-        for member, cause in failed.items():
-            self._lose(member, cause)
 
 
 class Pool:
@@ -235,7 +166,7 @@ class Pool:
         """Give all servers these weights; see `SGLang.load_weights`."""
         started = time.monotonic()
         with self._changing():
-            fleet = Fleet(self, self._reachable())
+            fleet = Fleet(self._reachable(), self.take_out)
             try:
                 if fp8 and any(member.device == "cpu" for member in self.members):
                     rule = "SGLang on a CPU cannot load fp8 weights: its kernel needs AMX and a build that the registry has not"

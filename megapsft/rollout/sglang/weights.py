@@ -6,10 +6,10 @@ import shutil
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -19,26 +19,11 @@ from torch import Tensor
 
 from megapsft.rollout.sglang import shared_memory
 from megapsft.rollout.sglang.client import Client, Unanswered, on_loopback
+from megapsft.rollout.sglang.fleet import Fleet, Member
 
 ALIGNMENT = 64  # bytes
 FIRST_BUCKET = 8 * 2**20  # bytes, of shared memory
 Bucket = list[tuple[str, Tensor]]
-
-
-class Target(Protocol):
-    """A server that takes weights."""
-
-    client: Client
-    tp_size: int
-    device: str
-
-
-class Fleet(Protocol):
-    """The servers of an update; who fails is out of it."""
-
-    def targets(self) -> Sequence[Target]: ...
-
-    def each(self, call: Callable[[Target], Any], meanwhile: Callable[[], None] | None = None) -> None: ...
 
 
 def buckets(stream: Iterable[tuple[str, Tensor | None]], size: int, allocate: Callable[[int, int], Tensor]) -> Iterator[Bucket]:
@@ -106,7 +91,7 @@ class ByMemory:
         return shared_memory.allocate(size)
 
     def send(self, fleet: Fleet, bucket: Bucket) -> None:
-        def post(target: Target) -> None:
+        def post(target: Member) -> None:
             ranks = [shared_memory.payload(bucket) for _ in range(target.tp_size)]  # each lets go of one
             target.client.post("/update_weights_from_tensor", self._seconds, serialized_named_tensors=ranks, flush_cache=False)
 
@@ -147,7 +132,7 @@ class ByGroup:
             )  # fmt: skip
             self._group = new_group(self._name, backend, store, first, limit)
 
-        def post(target: Target) -> None:
+        def post(target: Member) -> None:
             target.client.post(
                 "/init_weights_update_group", self._seconds, master_address=host, master_port=port, world_size=first,
                 rank_offset=offsets[target.client.url], group_name=self._name, backend=backend,
@@ -174,7 +159,7 @@ class ByGroup:
                     raise Unanswered("a server left the process group")
                 work.wait(timedelta(seconds=self._seconds))
 
-        def post(target: Target) -> None:
+        def post(target: Member) -> None:
             try:
                 target.client.post(
                     "/update_weights_from_distributed", self._seconds, names=names, dtypes=dtypes, shapes=shapes,
@@ -194,7 +179,7 @@ class ByGroup:
             self._group = None
 
 
-def begin(target: Target, seconds: float) -> None:
+def begin(target: Member, seconds: float) -> None:
     """Also where an update before this one was cut off."""
     try:
         target.client.post("/begin_weight_update", seconds)
