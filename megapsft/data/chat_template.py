@@ -15,6 +15,9 @@ from megapsft.errors import Refused
 MEDIA_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
 MEDIA_WORDS = ("<image>", "<video>")  # what many files of rows have where one of another column belongs
 ROWS_AT_ONCE = 1024  # handed to the tokenizer together: enough for its threads, and few enough that lists of ids stay small
+IDS_ALONE = {  # masks of ones, as long as the ids, would take a fifth of the time
+    "add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False, "verbose": False,
+}  # fmt: skip
 
 
 class ChatTemplate:
@@ -151,13 +154,13 @@ class ChatTemplate:
 
     def tokenise(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, without further special tokens."""
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return self.tokenizer(texts, **IDS_ALONE)["input_ids"]
 
     def tokenise_with_ends(self, texts: list[str]) -> tuple[list[list[int]], list[list[int]] | None]:
         """`tokenise`, and of each token the index of its last character in the text; None where the tokenizer does not say."""
         if not (texts and self.tokenizer.is_fast):
             return self.tokenise(texts) if texts else [], None
-        found = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        found = self.tokenizer(texts, return_offsets_mapping=True, **IDS_ALONE)
         return found["input_ids"], [[max(end - 1, start) for start, end in spans] for spans in found["offset_mapping"]]
 
     def _render_at(self, source: str, prompt: Prompt, system_prompt: str | None) -> str:

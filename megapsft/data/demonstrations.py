@@ -7,6 +7,7 @@ import numpy as np
 from megapsft.config import DataConfig
 from megapsft.data.chat_template import ChatTemplate
 from megapsft.data.dataset import Dataset, check_not_empty, check_selects_nothing, check_vocabulary, fitting_length
+from megapsft.data.progress import watched
 from megapsft.data.rows import read_rows
 from megapsft.types import Group, Sample
 
@@ -28,14 +29,16 @@ def load_demonstrations(config: DataConfig, template: ChatTemplate, vocab_size: 
     rows = read_rows(config.path, config.columns, config.limit)
     groups: list[Group] = []
     truncated = longest = 0
-    for row, (token_ids, prompt_length) in zip(rows, template.encode_rows(rows, config.system_prompt), strict=True):
-        longest = max(longest, len(token_ids))
-        length = fitting_length(len(token_ids), prompt_length, config, row.source)
-        if length is None:
-            continue
-        truncated += length < len(token_ids)
-        token_ids = token_ids[:length].copy()  # a view would keep the whole row in memory
-        groups.append((Sample(token_ids=token_ids, loss_mask=np.arange(length) >= prompt_length, source=row.source),))
+    encoded = zip(rows, template.encode_rows(rows, config.system_prompt), strict=True)
+    with watched(encoded, f"{config.path}: tokenised", len(rows)) as coming:
+        for row, (token_ids, prompt_length) in coming:
+            longest = max(longest, len(token_ids))
+            length = fitting_length(len(token_ids), prompt_length, config, row.source)
+            if length is None:
+                continue
+            truncated += length < len(token_ids)
+            token_ids = token_ids[:length].copy()  # a view would keep the whole row in memory
+            groups.append((Sample(token_ids=token_ids, loss_mask=np.arange(length) >= prompt_length, source=row.source),))
     check_not_empty(groups, config, len(rows), longest)
     check_vocabulary(groups, template, vocab_size)
     return Dataset(groups=tuple(groups), rows=len(rows), dropped=len(rows) - len(groups), truncated=truncated)

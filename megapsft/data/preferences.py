@@ -10,6 +10,7 @@ import numpy as np
 from megapsft.config import ColumnsConfig, DataConfig
 from megapsft.data.chat_template import ChatTemplate
 from megapsft.data.dataset import Dataset, check_not_empty, check_selects_nothing, check_vocabulary, fitting_length
+from megapsft.data.progress import watched
 from megapsft.data.rows import Prompt, parse_logprobs, parse_messages, parse_prompt, parse_text, read_records
 from megapsft.errors import Refused
 from megapsft.types import Group, Sample
@@ -64,18 +65,20 @@ def load_preferences(config: DataConfig, template: ChatTemplate, vocab_size: int
     ]
     groups: list[Group] = []
     truncated = longest = identical = 0
-    for row, prompt, *responses in zip(rows, prompts, *sides, strict=True):
-        check_ref_logprobs(row, responses, config.columns)
-        longest = max(longest, len(prompt) + max(map(len, responses)))
-        lengths = [fitting_length(len(prompt) + len(response), len(prompt), config, row.source) for response in responses]
-        if None in lengths:
-            continue
-        pair = tuple(sample(row, side, prompt, responses[side], lengths[side]) for side in (0, 1))
-        if np.array_equal(pair[0].token_ids, pair[1].token_ids):
-            identical += 1
-            continue
-        truncated += sum(length < len(prompt) + len(response) for length, response in zip(lengths, responses, strict=True))
-        groups.append(pair)
+    encoded = zip(rows, prompts, *sides, strict=True)
+    with watched(encoded, f"{config.path}: tokenised", len(rows)) as coming:
+        for row, prompt, *responses in coming:
+            check_ref_logprobs(row, responses, config.columns)
+            longest = max(longest, len(prompt) + max(map(len, responses)))
+            lengths = [fitting_length(len(prompt) + len(response), len(prompt), config, row.source) for response in responses]
+            if None in lengths:
+                continue
+            pair = tuple(sample(row, side, prompt, responses[side], lengths[side]) for side in (0, 1))
+            if np.array_equal(pair[0].token_ids, pair[1].token_ids):
+                identical += 1
+                continue
+            truncated += sum(length < len(prompt) + len(response) for length, response in zip(lengths, responses, strict=True))
+            groups.append(pair)
     if identical == len(rows):
         raise Refused(f"data.path={config.path!r}", "prefers nothing: chosen and rejected are the same in every row", "mend it")
     check_not_empty(groups, config, len(rows), longest)

@@ -11,6 +11,7 @@ import numpy as np
 from megapsft.config import ColumnsConfig, DataConfig
 from megapsft.data.chat_template import ChatTemplate
 from megapsft.data.dataset import Dataset, check_vocabulary, fitting_length
+from megapsft.data.progress import watched
 from megapsft.data.rollouts import check_selection
 from megapsft.data.rows import Prompt, check_columns, named, parse_prompt, parse_text, read_whole_records
 from megapsft.errors import Refused
@@ -71,21 +72,23 @@ def load_prompts(config: DataConfig, template: ChatTemplate, vocab_size: int, ma
     shown = [(text, source) for (_, _, text), (source, _) in zip(rows, records, strict=True) if text is not None]
     responses = template.encode_responses([text for text, _ in shown], [f"{source}: demonstration" for _, source in shown])
     prompts, longest = [], 0
-    for (prompt, reference, text), (source, record), ids in zip(rows, records, encoded, strict=True):
-        demonstration = None if text is None else _demonstration(ids, next(responses), config, source)
-        longest = max(longest, len(ids))
-        if fitting_length(len(ids) + max_tokens, len(ids), config, source) is None:
-            continue
-        prompts.append(
-            PromptRow(
-                prompt=prompt,
-                token_ids=tuple(ids),
-                reference=reference,
-                demonstration=demonstration,
-                row=record,
-                source=source,
+    together = zip(rows, records, encoded, strict=True)
+    with watched(together, f"{config.path}: tokenised", len(rows)) as coming:
+        for (prompt, reference, text), (source, record), ids in coming:
+            demonstration = None if text is None else _demonstration(ids, next(responses), config, source)
+            longest = max(longest, len(ids))
+            if fitting_length(len(ids) + max_tokens, len(ids), config, source) is None:
+                continue
+            prompts.append(
+                PromptRow(
+                    prompt=prompt,
+                    token_ids=tuple(ids),
+                    reference=reference,
+                    demonstration=demonstration,
+                    row=record,
+                    source=source,
+                )
             )
-        )
     if not prompts:
         rule = f"leaves none of {len(rows)} prompts of up to {longest} tokens room for rollout.max_tokens={max_tokens}"
         raise Refused(f"data.max_length={config.max_length}", rule, f"use {longest + max_tokens}, or fewer rollout.max_tokens")

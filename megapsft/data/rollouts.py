@@ -11,6 +11,7 @@ import numpy as np
 from megapsft.config import DataConfig
 from megapsft.data.chat_template import ChatTemplate
 from megapsft.data.dataset import Dataset, check_not_empty, check_vocabulary, fitting_length
+from megapsft.data.progress import watched
 from megapsft.data.recorded import RecordedPrompt, Rollout, is_text, read_rollouts
 from megapsft.data.select import first_of_each, raft, rft
 from megapsft.errors import Refused
@@ -74,7 +75,8 @@ def load_rollouts(config: DataConfig, template: ChatTemplate, vocab_size: int) -
     check_selection(config)
     rows = read_rollouts(config)
     check_token_ids(rows, template, vocab_size)
-    fitted = list(fit_rows(rows, config, template))
+    with watched(fit_rows(rows, config, template), f"{config.path}: tokenised", len(rows)) as coming:
+        fitted = list(coming)
     groups = [row.group for row in fitted if row.group]
     check_not_empty(groups, config, len(rows), max(row.longest for row in fitted))
     not_selected = 0

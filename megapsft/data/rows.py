@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megapsft.config import ColumnsConfig
+from megapsft.data.progress import watched
 from megapsft.errors import Refused
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -60,7 +61,7 @@ def read_records(
     """
     reader, path = _reader(path)
     needed, possible = named(columns, required), named(columns, optional)
-    return _some(list(itertools.islice(reader(path, needed, possible), limit)), path, possible)
+    return _some(reader(path, needed, possible), limit, path, possible)
 
 
 def read_whole_records(
@@ -73,14 +74,16 @@ def read_whole_records(
     """As `read_records`, with all columns that a row has."""
     reader, path = _reader(path)
     needed, possible = named(columns, required), named(columns, optional)
-    records = _some(list(itertools.islice(reader(path, None, {}), limit)), path, possible)
+    records = _some(reader(path, None, {}), limit, path, possible)
     for source, record in records:
         check_columns(record, needed, source)
     return records
 
 
-def _some(records: list[Record], path: Path, possible: Mapping[str, str]) -> list[Record]:
+def _some(reader: Iterable[Record], limit: int | None, path: Path, possible: Mapping[str, str]) -> list[Record]:
     """The records: there are some, and the optional columns that were asked for by another name."""
+    with watched(itertools.islice(reader, limit), f"{path}: read", limit) as coming:
+        records = list(coming)
     if not records:
         raise Refused(f"data.path={str(path)!r}", "holds no rows", "name a file with at least one")
     for key, name in possible.items():
