@@ -133,7 +133,8 @@ def estimate(
     work = workload(config, mesh, phase)
     execution = execution or Execution(fp8=config.fp8.format is not None)
     time, sent = _Step(config, hf, machines, mesh, work, execution).take()
-    stages = tuple(stage_memory(config, hf, mesh, work, stage, execution) for stage in range(mesh.pp))
+    capability = machines.gpu.capability
+    stages = tuple(stage_memory(config, hf, mesh, work, stage, execution, capability) for stage in range(mesh.pp))
     return Estimate(config=config, hf=hf, machines=machines, mesh=mesh, work=work, stages=stages, time=time, traffic=tuple(sent))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 from megapsft.cluster.activations import chunks_in_flight, layer_bytes
 from megapsft.cluster.efficiency import Execution, imbalance
+from megapsft.cluster.fp8 import added_by_fp8
 from megapsft.cluster.sizes import DIVISIBLE, Parameters, of_stage, replicas, round_up, trained_of_stage
 from megapsft.cluster.workload import Workload
 from megapsft.config import Config
@@ -38,7 +39,7 @@ class Held:
 class StageMemory:
     """Bytes on each rank of one pipeline stage, at the worst moment of a step."""
 
-    parameters: float
+    parameters: float  # with what Transformer Engine keeps of them in FP8
     gradients: float
     optimizer: float
     reference: float  # a second model, where reference.placement=copy; what is kept for a KL of the full vocabulary
@@ -95,22 +96,29 @@ def held_by_policy(config: Config, hf: HFConfig, mesh: Mesh, stage: int) -> Held
     return replace(found, parameters=found.parameters + frozen * DTYPES[dtype].itemsize)
 
 
-def stage_memory(config: Config, hf: HFConfig, mesh: Mesh, work: Workload, stage: int, execution: Execution) -> StageMemory:
-    """Of the ranks of `stage`, counted from 0."""
+def stage_memory(
+    config: Config, hf: HFConfig, mesh: Mesh, work: Workload, stage: int, execution: Execution, capability: tuple[int, int]
+) -> StageMemory:
+    """Of the ranks of `stage`, counted from 0.
+
+    Args:
+        capability: of their GPUs.
+    """
     model, parallel, itemsize = config.model, config.parallel, DTYPES[config.model.dtype].itemsize
     chunks = of_stage(hf, mesh, model.make_vocab_size_divisible_by, stage)
     policy = held_by_policy(config, hf, mesh, stage)
+    trained, compared = (added_by_fp8(config, hf, mesh, stage, capability, trained) for trained in (True, False))
     layer = layer_bytes(hf, mesh, parallel, itemsize, imbalance(hf.num_experts or 1, mesh.ep, execution))
     tokens, layers = work.positions // mesh.cp, hf.num_hidden_layers // (mesh.pp * mesh.vpp)
     working = layer.whole - layer.kept + layer.mlp  # of the one layer: what is recomputed, and the gradients in its MLP
     kept = chunks_in_flight(mesh, stage, work.microbatches) * layers * layer.kept
     activations = max(tokens * (kept + working), work.at_once * tokens * layer.whole)
     return StageMemory(
-        parameters=policy.parameters,
+        parameters=policy.parameters + trained,
         gradients=policy.gradients,
         optimizer=policy.optimizer,
-        reference=_reference(config, hf, mesh, work, stage, chunks, itemsize),
-        critic=policy.total if work.critic else 0,
+        reference=_reference(config, hf, mesh, work, stage, chunks, itemsize, compared),
+        critic=policy.total + trained if work.critic else 0,
         activations=activations,
         head=_head(config, hf, mesh, tokens, itemsize) if stage == mesh.pp - 1 else 0,
         communication=_communication(hf, mesh, tokens, itemsize),
@@ -120,12 +128,20 @@ def stage_memory(config: Config, hf: HFConfig, mesh: Mesh, work: Workload, stage
 
 
 def _reference(
-    config: Config, hf: HFConfig, mesh: Mesh, work: Workload, stage: int, chunks: tuple[Parameters, ...], itemsize: int
+    config: Config,
+    hf: HFConfig,
+    mesh: Mesh,
+    work: Workload,
+    stage: int,
+    chunks: tuple[Parameters, ...],
+    itemsize: int,
+    in_fp8: float,
 ) -> float:
+    """`in_fp8`: what its copies of weights in FP8 add, where it has weights of its own."""
     if not work.reference_passes:
         return 0
     copied = config.reference.placement == "copy"
-    found = sum(chunk.total for chunk in chunks) * itemsize if copied else 0
+    found = sum(chunk.total for chunk in chunks) * itemsize + in_fp8 if copied else 0
     if "ref_hidden" in work.phase.objective.needs and stage == mesh.pp - 1:
         positions = work.updates * work.microbatches * work.positions / mesh.cp
         found += positions * hf.hidden_size * itemsize / (mesh.tp if mesh.sequence_parallel else 1)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from megapsft.cluster import efficiency
 from megapsft.cluster.estimate import Estimate, StepTime
+from megapsft.cluster.fp8 import copies
 from megapsft.cluster.memory import ROWS, RUNTIME, USABLE
 from megapsft.cluster.propose import overrides
 from megapsft.cluster.workload import ASSUMED
@@ -145,8 +146,9 @@ def assumptions(found: Estimate) -> list[str]:
         f"hardware: {gpu.source}",
     ]
     if found.config.fp8.format is not None:
-        saved = ", nor what fp8.param_gather saves of either" if found.config.fp8.param_gather else ""
-        lines.append(f"memory and traffic are those of bfloat16: the copies of weights in FP8 are not counted{saved}")
+        each = copies(found.config.fp8, gpu.capability, trained=True)
+        held = "in the place of bfloat16's" if found.config.fp8.param_gather else "beside those of bfloat16"
+        lines.append(f"weights of layers in FP8 take {each:.3g} bytes a number, {held}; activations and traffic are bfloat16's")
     if found.mesh.ep > 1:
         load = table.imbalance(found.hf.num_experts, found.mesh.ep, table.Execution())
         lines.append(f"the fullest rank of experts has {load:.2f} times the mean of tokens, and nothing hides their exchange")

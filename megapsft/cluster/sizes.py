@@ -61,6 +61,12 @@ def of_layer(hf: HFConfig, tp: int, ep: int, etp: int) -> Parameters:
 
 
 @lru_cache(maxsize=4096)
+def products_of_layer(hf: HFConfig, tp: int, ep: int, etp: int) -> int:
+    """Of those of a decoder layer on one rank, the weights of linear layers: of attention, MLP and experts, not of the router."""
+    return _on_rank([rule for rule in layer_rules(hf) if len(rule.whole) == 2 and ".router." not in rule.name], tp, ep, etp).total
+
+
+@lru_cache(maxsize=4096)
 def adapters_of_layer(hf: HFConfig, lora: LoRAConfig, tp: int, ep: int, etp: int) -> Parameters:
     """The adapters beside a decoder layer, on one rank."""
     return _on_rank(trained_rules(dataclasses.replace(hf, num_hidden_layers=1), lora), tp, ep, etp)

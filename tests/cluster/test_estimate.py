@@ -121,6 +121,42 @@ def test_what_training_in_fp8_would_be_refused_for_is_refused_in_its_plan(option
     plan("fp8.format=hybrid", "fp8.recipe=mxfp8", gpu="b200")
 
 
+FP8, OF_TWO_LAYERS = "fp8.format=hybrid", ["fp8.num_layers_at_start_in_bf16=1", "fp8.num_layers_at_end_in_bf16=1"]
+A_LAYER = 3584 * ((28 + 2 * 4) * 128 + 28 * 128 + 3 * 18944)  # numbers in the products of one of DENSE's 28
+OF_MOE = 2048 * ((32 + 2 * 4) * 128 + 32 * 128) + 2048 * 768 * 3 * 128 // 8  # and of one of MOE's 48 where ep=8
+
+
+@pytest.mark.parametrize(
+    ("hf", "gpu", "options", "added"),
+    [
+        (DENSE, "h100", [], [2 * 28 * A_LAYER]),
+        (DENSE, "h100", ["fp8.recipe=blockwise"], [2 * (1 + 4 / 128**2) * 28 * A_LAYER]),
+        (DENSE, "h100", [f"{TP}=2"], [28 * A_LAYER]),
+        (DENSE, "h100", [f"{PP}=2", *OF_TWO_LAYERS], [2 * 13 * A_LAYER, 2 * 13 * A_LAYER]),
+        (DENSE, "h100", [f"{PP}=2", f"{VPP}=7", "fp8.num_layers_at_start_in_bf16=3"], [2 * 12 * A_LAYER, 2 * 13 * A_LAYER]),
+        (DENSE, "h100", [ZERO1, "fp8.param_gather=true"], [0]),
+        (DENSE, "b200", [], [28 * A_LAYER]),
+        (DENSE, "b200", [ZERO1, "fp8.recipe=delayed", "fp8.param_gather=true"], [-28 * A_LAYER]),
+        (DENSE, "b200", ["fp8.recipe=mxfp8"], [2 * (1 + 1 / 32) * 28 * A_LAYER]),
+        (MOE, "h100", [f"{EP}=8"], [2 * 48 * OF_MOE]),
+    ],
+)
+def test_weights_in_fp8_are_held_beside_those_of_bfloat16(hf, gpu, options, added):
+    without = [option for option in options if not option.startswith("fp8.")]
+    found, before = plan(FP8, *options, hf=hf, gpu=gpu).stages, plan(*without, hf=hf, gpu=gpu).stages
+    assert [one.parameters - other.parameters for one, other in zip(found, before, strict=True)] == pytest.approx(added)
+
+
+def test_a_reference_has_one_copy_in_fp8_and_a_critic_both():
+    of = "objective.name=sft_kl", "reference.placement=copy"
+    assert plan(FP8, *of).stages[0].reference - plan(*of).stages[0].reference == pytest.approx(28 * A_LAYER)
+    swap = "objective.name=sft_kl", "reference.placement=swap"
+    assert plan(FP8, *swap).stages[0].reference == plan(*swap).stages[0].reference
+    ppo = "objective.name=ppo", "data.kind=rollouts"
+    critic = plan(FP8, *ppo).stages[0].critic - plan(*ppo).stages[0].critic
+    assert critic == pytest.approx(2 * 28 * A_LAYER)
+
+
 def test_the_first_stages_hold_more_microbatches():
     mesh = plan(f"{PP}=4").mesh
     assert [chunks_in_flight(mesh, stage, 16) for stage in range(4)] == [4, 3, 2, 1]

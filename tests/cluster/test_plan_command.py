@@ -64,10 +64,12 @@ def test_a_long_pipeline_is_shown_by_its_ends(say):
     assert "pipeline" in out
 
 
-def test_what_is_not_counted_of_fp8_is_said(say):
-    said = "memory and traffic are those of bfloat16: the copies of weights in FP8 are not counted"
+def test_what_is_counted_of_fp8_is_said(say):
+    said = "weights of layers in FP8 take 2 bytes a number, "
     assert said not in say(DENSE)[1]
-    assert said + ", nor what fp8.param_gather saves" in say(DENSE, "fp8.format=hybrid", "fp8.param_gather=true")[1]
+    assert said + "beside those of bfloat16" in say(DENSE, "fp8.format=hybrid")[1]
+    out = say(DENSE, "fp8.format=hybrid", "fp8.param_gather=true")[1]
+    assert said + "in the place of bfloat16's; activations and traffic are bfloat16's" in out
 
 
 def test_options_that_there_are_not(say):
