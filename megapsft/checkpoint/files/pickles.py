@@ -113,6 +113,7 @@ def damaged(what: object, error: Exception) -> Refused:
 
 
 def write_pickle(path: Path, value: object) -> None:
+    """As torch's own writer writes `.metadata`, of which the format is a pickle."""
     with path.open("wb") as file:
         pickle.dump(value, file)
 
