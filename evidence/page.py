@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -19,9 +18,10 @@ from evidence.results import Results, at_the_end, final, from_json, mean, to_jso
 from evidence.sizes import FULL, Sizes
 from evidence.tasks import Amounts
 from evidence.verdict import Verdict
+from megapsft.output.whole import write_whole
 from megapsft.report.figure import Grid
 from megapsft.report.html import figure
-from megapsft.report.style import document, section, write
+from megapsft.report.style import document, section
 
 TITLE = "What the papers found, on a tiny model"
 SMALL = "At other sizes than the whole has: it shows that everything runs, and says nothing of the papers."
@@ -39,10 +39,7 @@ def write_json(results: Results, sizes: Sizes, path: Path) -> None:
     verdicts = judge_all(results, sizes)
     claims = {claim.letter: _words(claim) | verdicts[claim.letter].to_json() for claim in CLAIMS}
     tree = {"made": made_with(), "sizes": asdict(sizes), "claims": claims, "methods": to_json(results)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(json.dumps(tree, allow_nan=False, default=vars, separators=(",", ":")) + "\n")
-    os.replace(beside, path)
+    write_whole(path, json.dumps(tree, allow_nan=False, default=vars, separators=(",", ":")) + "\n")
 
 
 def made_with() -> dict[str, str]:
@@ -71,7 +68,7 @@ def write_page(results: Results, sizes: Sizes, made: Mapping[str, str], path: Pa
         section("How it was made", f"<p>{escape(_made(results, sizes, made))}</p>"),
     ]
     small = "" if sizes == FULL else f"<p><b>{escape(SMALL)}</b></p>"
-    write(document(TITLE, f"<h1>{escape(TITLE)}</h1>{small}" + "".join(whole)), path)
+    write_whole(path, document(TITLE, f"<h1>{escape(TITLE)}</h1>{small}" + "".join(whole)))
 
 
 def claim_table(verdicts: Mapping[str, Verdict]) -> Grid:
