@@ -94,7 +94,7 @@ class Records:
             what = _Described(io.BytesIO(content), str(source.path)).load()
         except Refused:
             raise
-        except Exception as error:
+        except Exception as error:  # zipfile and pickle fail in any way on damaged bytes: it is said below, with what it was
             reason = f"holds a damaged record at byte {chunk.offset} ({type(error).__name__}: {error})"
             raise Refused(str(source.path), reason, "copy the checkpoint again, or use another one") from None
         if what != _contiguous(dtype, chunk.sizes):
