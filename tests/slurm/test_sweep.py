@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -38,9 +39,19 @@ def states(folder: Path) -> dict[str, str]:
     return {point["point"]: point["state"] for point in json.loads((folder / "report.json").read_text())["points"]}
 
 
+def only_once(program: str, folder: Path, search: str) -> Path:
+    """A folder with the program as it is for the first call; later ones wait, for who made them to be killed, and fail."""
+    path = folder / "once" / program
+    path.parent.mkdir()
+    path.write_text(f'#!/bin/sh\nmkdir "$0.called" && exec {shutil.which(program, path=search)} "$@"\nsleep 60\nexit 1\n')
+    path.chmod(0o755)
+    return path.parent
+
+
 def test_a_sweep_that_was_interrupted_submits_what_is_missing_and_reports(command, jobs, tmp_path):
     folder, environment = tmp_path / "sweep", jobs.cluster.environment
     told = os.environ | environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    told["PATH"] = os.pathsep.join([str(only_once("sbatch", tmp_path, told["PATH"])), told["PATH"]])
     with subprocess.Popen([sys.executable, "-m", "megapsft.cli", *command], cwd=ROOT, env=told) as process:
         deadline = time.monotonic() + 120
         while not jobs_of(folder):
@@ -51,7 +62,7 @@ def test_a_sweep_that_was_interrupted_submits_what_is_missing_and_reports(comman
     first = jobs_of(folder)
     for job in [job for numbers in first.values() for job in numbers]:
         jobs.adopt(job)
-    assert list(first) == ["nodes-1_tp-1"], "it was done before it could be killed"
+    assert list(first) == ["nodes-1_tp-1"]
 
     done = megapsft(*command, **environment)
     assert done.returncode == 0, done.stderr
