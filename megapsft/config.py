@@ -99,6 +99,7 @@ class DataConfig:
     micro_batch_size: PositiveInt = 1  # rows in one microbatch where packing is off
     shuffle: bool = True
     limit: PositiveInt | None = None  # only the first rows
+    cache: str | None = None  # folder that keeps the tokens, for all ranks and the next runs; null: each rank tokenises all rows
     select: Literal["rft", "raft"] | None = None  # train on the best rollouts alone: all with enough reward, or one a prompt
     select_threshold: float = 1.0  # of rft: the least reward that is kept
     dedupe: bool = False  # of rft: of rollouts of a prompt with the same tokens, keep the first

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megapsft.config import DataConfig
@@ -15,7 +15,7 @@ from megapsft.types import Group, Sample
 class Dataset:
     """The groups in the order of the file, and what became of its rows."""
 
-    groups: tuple[Group, ...]
+    groups: Sequence[Group]
     rows: int  # read
     dropped: int  # of them: nothing was left to train
     truncated: int  # samples cut to max_length

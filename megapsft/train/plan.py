@@ -13,6 +13,7 @@ from megapsft.checkpoint.adapters import BASE, check_base, identity, merges_adap
 from megapsft.checkpoint.dist import check_architecture, latest, read_state, shape_of
 from megapsft.checkpoint.hf import check_checkpoint, read_config
 from megapsft.config import Config, CriticConfig, LoRAConfig, ReferenceConfig, TrainConfig, flatten, load_config, spelled, to_dict
+from megapsft.data.cache import note_on_cache
 from megapsft.data.chat_template import ChatTemplate
 from megapsft.data.dataset import Dataset
 from megapsft.data.plan import Layout, Plan, plan_update
@@ -33,7 +34,7 @@ from megapsft.policy.build import model_shape
 from megapsft.train.fp8 import alignment, check_fp8, note_on_fp8
 from megapsft.train.noise_limit import check_limit, limit_of
 from megapsft.train.phases import Phase, has_old_policy, phases, reference_needs
-from megapsft.train.prepare import with_advantages
+from megapsft.train.prepare import trained_groups, with_advantages
 from megapsft.train.profile import check_profile, next_steps
 from megapsft.train.rollout_options import OF_SGLANG, check_options, check_references
 from megapsft.train.sources import Rows, load_dataset
@@ -50,6 +51,7 @@ MAY_CHANGE = (
     "data.pack_length",
     "data.micro_batch_size",
     "data.packing",
+    "data.cache",
     "model.logprob_chunk_bytes",
     "model.logprob_backend",
     "model.transformer_impl",
@@ -322,7 +324,7 @@ def _check_data(config: Config, all_phases: Sequence[Phase], data: Dataset) -> N
             raise Refused(f"data.kind={kind}", rule, f"use data.kind={known}, or another objective")
         if kind == "prompts":
             continue
-        if not with_advantages(data.groups, phase.objective):
+        if not any(trained_groups(data.groups, phase.objective)):
             rule = f"hold nothing that {phase.objective_name} trains, such as rollouts beside their demonstration"
             raise Refused(f"{len(data.groups)} rows of {config.data.path}", rule, "use other rows, or another objective")
         if "rollout_logprobs" in phase.objective.needs and first.rollout_logprobs is None:
@@ -389,8 +391,13 @@ def _check_continues(plan: RunPlan) -> None:
 
 
 def _with_notes(plan: RunPlan) -> RunPlan:
-    about_machine = (note_on_layers(plan.config.model, this_machine()), note_on_apex(), note_on_fp8(plan.config.fp8))
-    notes = [note for note in about_machine if note is not None]
+    possible = (
+        note_on_layers(plan.config.model, this_machine()),
+        note_on_apex(),
+        note_on_fp8(plan.config.fp8),
+        note_on_cache(plan.config.data, plan.data.rows, plan.mesh.world_size),
+    )
+    notes = [note for note in possible if note is not None]
     objective = plan.phases[-1]
     name, train = objective.objective_name, plan.config.train
     if has_old_policy(objective.objective) and plan.updates_per_step == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -21,11 +21,7 @@ def with_advantages(groups: Sequence[Group], objective: Objective) -> list[Group
 
     The samples of the step decide together, so this comes before anything is packed or weighed.
     """
-    kept = []
-    for group in groups:
-        flags = objective.keep([sample.reward for sample in group], [sample.demonstration for sample in group])
-        kept.append(tuple(sample for sample, flag in zip(group, flags, strict=True) if flag))
-    kept = [group for group in kept if group]
+    kept = list(trained_groups(groups, objective))
     options = objective.advantages
     if not kept or options is None or options.estimator == "gae":
         return kept
@@ -36,6 +32,15 @@ def with_advantages(groups: Sequence[Group], objective: Objective) -> list[Group
     advantages[counts] = estimate(options, rewards[counts], numbers[counts])
     of_samples = iter(advantages.tolist())
     return [tuple(dataclasses.replace(sample, advantage=next(of_samples)) for sample in group) for group in kept]
+
+
+def trained_groups(groups: Iterable[Group], objective: Objective) -> Iterator[Group]:
+    """Of each group the samples that the objective trains; groups of which it keeps nothing are gone."""
+    for group in groups:
+        flags = objective.keep([sample.reward for sample in group], [sample.demonstration for sample in group])
+        kept = tuple(sample for sample, flag in zip(group, flags, strict=True) if flag)
+        if kept:
+            yield kept
 
 
 def with_constants(policy: Policy, reference: Reference | None, batch: TrainBatch, objective: Objective) -> TrainBatch:

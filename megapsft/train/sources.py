@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from megapsft.config import Config
+from megapsft.data.cache import cached
 from megapsft.data.chat_template import ChatTemplate
 from megapsft.data.dataset import Dataset
 from megapsft.data.demonstrations import load_demonstrations
@@ -39,7 +42,7 @@ class Source(Protocol):
 class Rows:
     """Rows of a file, in an order that depends on the seed and the step alone: a resumed run needs nothing but its step."""
 
-    groups: tuple[Group, ...]
+    groups: Sequence[Group]
     sampler: Sampler
     metrics = {}
 
@@ -61,9 +64,12 @@ def load_dataset(config: Config, template: ChatTemplate, vocab_size: int) -> Dat
     """The file of `data.path` as what `data.kind` says it is.
 
     Raises:
-        Refused: as the loaders.
+        Refused: as the loaders, and as `cached` where data.cache names a folder.
     """
-    if config.data.kind == "prompts":
-        return load_prompts(config.data, template, vocab_size, config.rollout.max_tokens)
-    loaders = {"demonstrations": load_demonstrations, "preferences": load_preferences, "rollouts": load_rollouts}
-    return loaders[config.data.kind](config.data, template, vocab_size)
+    data = config.data
+    if data.kind == "prompts":
+        load = partial(load_prompts, data, template, vocab_size, config.rollout.max_tokens)
+    else:
+        loaders = {"demonstrations": load_demonstrations, "preferences": load_preferences, "rollouts": load_rollouts}
+        load = partial(loaders[data.kind], data, template, vocab_size)
+    return load() if data.cache is None else cached(load, data, Path(config.model.path), vocab_size)
