@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from megapsft.config import DataConfig
 from megapsft.data.chat_template import ChatTemplate
@@ -24,7 +25,7 @@ class Dataset:
     def samples(self) -> tuple[Sample, ...]:
         return tuple(sample for group in self.groups for sample in group)
 
-    @property
+    @cached_property  # it reads all of the masks
     def response_tokens(self) -> int:
         """Of the samples: what is trained in one epoch."""
         return int(sum(sample.loss_mask.sum() for group in self.groups for sample in group))
