@@ -24,6 +24,7 @@ from megapsft.output.places import check_folder
 
 NOT_OF_TOKENS = ("packing", "pack_length", "micro_batch_size", "shuffle", "cache")  # options of data that come after the tokens
 OF_TOKENIZER = (".json", ".jinja", ".txt", ".model", ".tiktoken")  # files of a model folder that are no weights
+NOT_OF_TOKENIZER = ("conversion.json",)  # of our exports: where they are from, which differs where the tokenizer is the same
 LIBRARIES = ("jinja2", "numpy", "tokenizers", "transformers")
 MANY_ROWS = 50_000  # which may take minutes, and gigabytes of each process
 EDGE = 1 << 20  # bytes of both ends of the data that tell it from another of its size and time
@@ -46,6 +47,8 @@ def cached(load: Callable[[], Dataset], config: DataConfig, model: Path, vocab_s
     if config.kind == "prompts":
         rule = "holds rows that are trained as they are, and those of data.kind=prompts are sampled from"
         raise Refused(value, rule, "leave it out: prompts are short")
+    if not config.cache:
+        raise Refused(value, "names no folder", "name one such as cache, or leave it out")
     place = Path(config.cache)
     name = hashlib.blake2b(json.dumps(identity(config, model, vocab_size), sort_keys=True).encode(), digest_size=16).hexdigest()
     folder = place / f"{Path(config.path).stem[:30]}-{name}"
@@ -60,7 +63,11 @@ def cached(load: Callable[[], Dataset], config: DataConfig, model: Path, vocab_s
 def identity(config: DataConfig, model: Path, vocab_size: int) -> dict[str, Any]:
     """All that decides which tokens there are, as JSON values."""
     data = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_OF_TOKENS}
-    tokenizer = sorted(path for path in model.iterdir() if path.suffix in OF_TOKENIZER and not path.name.endswith(".index.json"))
+    tokenizer = sorted(
+        path
+        for path in model.iterdir()
+        if path.suffix in OF_TOKENIZER and path.name not in NOT_OF_TOKENIZER and not path.name.endswith(".index.json")
+    )
     return {
         "data": data,
         "file": _file(Path(config.path)),

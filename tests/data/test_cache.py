@@ -218,7 +218,17 @@ def test_refusals_of_the_rows_are_their_own_and_nothing_is_left(ask, data, place
         ask()
 
 
+def test_where_a_model_is_from_changes_nothing(ask, model):
+    ask()
+    for name in ("conversion.json", "model.safetensors.index.json"):
+        (model / name).write_text("{}")
+    _, loaded = ask()
+    assert not loaded
+
+
 def test_places_that_cannot_be_are_refused(ask, data):
+    with pytest.raises(Refused, match=r"data.cache=: names no folder"):
+        ask(cache="")
     with pytest.raises(Refused, match=r"data.cache=.*is a file"):
         ask(cache=str(data))
     with pytest.raises(Refused, match="lies under"):
