@@ -20,6 +20,7 @@ from megapsft.cluster.slurm.nemo import through_nemo_run
 from megapsft.cluster.slurm.records import Record
 from megapsft.cluster.slurm.script import Script, lint
 from megapsft.config import Config
+from megapsft.data.chat_template import ChatTemplate
 from megapsft.errors import Refused
 from megapsft.output.places import check_folder
 from megapsft.parallel import plan_mesh
@@ -29,6 +30,7 @@ from megapsft.train.phases import phases
 from megapsft.train.plan import plan_run, run_folder, to_yaml
 from megapsft.train.profile import check_profiles
 from megapsft.train.rollout_options import DEFAULTS, OF_SERVERS_STARTED, check_options
+from megapsft.train.sources import load_dataset
 
 Via = Literal["sbatch", "nemo-run"]
 
@@ -124,11 +126,14 @@ def _check_run(config_file: Path, config: Config, cluster: ClusterConfig, nodes:
         if not found.fits:
             rule = f"needs {found.peak / 2**30:.0f} GiB of a GPU's {found.usable / 2**30:.0f} on {nodes} nodes of {cluster.gpu}"
             raise Refused(str(config_file), rule, "`megapsft plan` says where they go, and which splits fit")
+    missing = [path for path in (config.model.path, config.data.path) if not path or not Path(path).exists()]
     if on_gpus and not has_cuda():
         phases(config)
         check_options(_as_on_gpus(config))
-        return ["model and data are checked when the job starts: there is no GPU here"]
-    missing = [path for path in (config.model.path, config.data.path) if not path or not Path(path).exists()]
+        if config.data.cache is None or missing:
+            return ["model and data are checked when the job starts: there is no GPU here"]
+        load_dataset(config, ChatTemplate.load(config.model.path), hf.vocab_size)  # its GPUs need not wait for this
+        return ["the model is checked when the job starts: there is no GPU here"]
     if missing:
         return [f"{', '.join(path or 'data.path' for path in missing)} is not on this machine: checked when the job starts"]
     plan_run(config, world)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from megapsft.checkpoint.hf import read_config
 from megapsft.cluster.slurm import records
 from megapsft.cluster.slurm.client import _parsed
 from megapsft.cluster.slurm.config import ClusterConfig
@@ -15,8 +16,10 @@ from megapsft.cluster.slurm.servers import overrides
 from megapsft.cluster.slurm.status import progress
 from megapsft.cluster.slurm.submit import prepare
 from megapsft.config import load_config
+from megapsft.data.chat_template import ChatTemplate
 from megapsft.errors import Refused
 from megapsft.train.rollout_options import check_options
+from megapsft.train.sources import load_dataset
 from tests.command import megapsft
 from tests.shipped import FOLDER, OF_PAPERS
 
@@ -68,10 +71,25 @@ def test_the_checks_of_a_run_where_model_and_data_are_here(tiny_models, tiny_dat
     here = [f"model.path={tiny_models('qwen3')}", f"run.dir={tmp_path / 'run'}"]
     nodes = ClusterConfig(gpus_per_node=0)
     assert prepare(config, load_config(config, [*here, f"data.path={tiny_data}"]), nodes, nodes=1).notes == ()
-    with pytest.raises(Refused, match="data.columns.prompt"):
-        prepare(config, load_config(config, [*here, f"data.path={tiny_data}", "data.columns.prompt=no"]), nodes, nodes=1)
+    with pytest.raises(Refused, match="column .nowhere.: is missing"):
+        prepare(config, load_config(config, [*here, f"data.path={tiny_data}", "data.columns.prompt=nowhere"]), nodes, nodes=1)
     (note,) = prepare(config, load_config(config, [*here, "data.path=elsewhere.jsonl"]), nodes, nodes=1).notes
     assert "elsewhere.jsonl is not on this machine" in note
+
+
+def test_rows_are_tokenised_before_the_job_waits_for_gpus(tiny_models, tiny_data, tmp_path, monkeypatch):
+    path, kept = FOLDER / "psft/tiny-qwen3-gsm8k.yaml", tmp_path / "kept"
+    here = [f"model.path={tiny_models('qwen3')}", f"run.dir={tmp_path / 'run'}", f"data.path={tiny_data}", f"data.cache={kept}"]
+    config = load_config(path, here)
+    with pytest.raises(Refused, match="column .nowhere.: is missing"):
+        prepare(path, load_config(path, [*here, "data.columns.prompt=nowhere"]), ClusterConfig(), nodes=1)
+    assert [file for file in kept.iterdir() if file.is_dir()] == []
+    prepare(path, config, ClusterConfig(), nodes=1)
+    (folder,) = [file for file in kept.iterdir() if file.is_dir()]
+
+    monkeypatch.setattr(ChatTemplate, "encode_rows", None)  # the job has nothing left to tokenise
+    assert len(load_dataset(config, ChatTemplate.load(config.model.path), read_config(config.model.path).vocab_size).groups) > 0
+    assert [file for file in kept.iterdir() if file.is_dir()] == [folder]
 
 
 def test_what_a_run_is_told_of_servers_passes_its_door():
@@ -140,5 +158,3 @@ def test_jobs_are_written_down_once_each(tmp_path):
     records.append(tmp_path, records.Record(job="1", log="x"))
     assert records.read(tmp_path) == [records.Record(job="1", name="a", log="x"), records.Record(job="2", name="a")]
     assert records.attempts(tmp_path, "1") == []
-
-
