@@ -33,7 +33,7 @@ EDGE = 1 << 20  # bytes of both ends of the data that tell it from another of it
 def cached(load: Callable[[], Dataset], config: DataConfig, model: Path, vocab_size: int) -> Dataset:
     """What `load` gives, from a folder in `config.cache`; where it is not there yet, this process makes it, and others wait.
 
-    The folder is named after all that decides the tokens (`identity`), so it never has to be made invalid: what is not asked for
+    The folder is named after all that decides the tokens (`_identity`), so it never has to be made invalid: what is not asked for
     any more may be deleted.
 
     Args:
@@ -50,7 +50,7 @@ def cached(load: Callable[[], Dataset], config: DataConfig, model: Path, vocab_s
     if not config.cache:
         raise Refused(value, "names no folder", "name one such as cache, or leave it out")
     place = Path(config.cache)
-    name = hashlib.blake2b(json.dumps(identity(config, model, vocab_size), sort_keys=True).encode(), digest_size=16).hexdigest()
+    name = hashlib.blake2b(json.dumps(_identity(config, model, vocab_size), sort_keys=True).encode(), digest_size=16).hexdigest()
     folder = place / f"{Path(config.path).stem[:30]}-{name}"
     if not folder.is_dir():
         check_folder(value, place)
@@ -60,7 +60,7 @@ def cached(load: Callable[[], Dataset], config: DataConfig, model: Path, vocab_s
     return mapped.read(folder)
 
 
-def identity(config: DataConfig, model: Path, vocab_size: int) -> dict[str, Any]:
+def _identity(config: DataConfig, model: Path, vocab_size: int) -> dict[str, Any]:
     """All that decides which tokens there are, as JSON values."""
     data = {name: value for name, value in dataclasses.asdict(config).items() if name not in NOT_OF_TOKENS}
     tokenizer = sorted(
@@ -144,4 +144,4 @@ def _writes(value: str) -> Iterator[None]:
         raise Refused(value, f"cannot be written to ({error})", remedy) from None
 
 
-__all__ = ["cached", "identity", "note_on_cache"]
+__all__ = ["cached", "note_on_cache"]

@@ -21,6 +21,7 @@ from tests.data.conftest import CHATML
 from tests.data.test_mapped import same
 
 PROCESSES = 4
+WAITS = "another process tokenises it"
 START = """
 import os, signal, sys, time
 from pathlib import Path
@@ -38,6 +39,12 @@ def load():
     time.sleep(1)  # the others come meanwhile
     return load_demonstrations(config, ChatTemplate.load(model), 512)
 """
+HELD = START + """
+import select
+slow = load
+load = lambda: (slow(), select.select([sys.stdin], [], [], 60))[0]
+cached(load, config, Path(model), 512)
+"""  # fmt: skip
 AT_ONCE = START + "print(cached(load, config, Path(model), 512).response_tokens, flush=True)\n"
 KILLED = START + """
 write_array, written = mapped._write_array, []
@@ -101,7 +108,8 @@ def begin(data, model, place):
     def begin(script: str, **environment: str) -> subprocess.Popen:
         command = [sys.executable, "-c", script, data, model, place]
         return subprocess.Popen(
-            command, cwd=ROOT, env=its(environment), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command, cwd=ROOT, env=its(environment), text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
     return begin
@@ -177,17 +185,21 @@ def test_those_who_come_at_once_wait_for_the_first(begin):
     assert [process.returncode for process in started] == [0] * PROCESSES, said
     assert sum("loads" in out for out, _ in said) == 1
     assert len({out.splitlines()[-1] for out, _ in said}) == 1
-    waiting = {rank for rank, (_, error) in enumerate(said) if "another process tokenises it" in error}
-    assert waiting <= {0}  # the first rank alone says so, where it is not the one that tokenises
 
 
-def test_who_comes_second_takes_what_the_first_made(ask, begin):
-    first = begin(AT_ONCE)
-    assert first.stdout.readline() == "loads\n"
+def test_who_comes_second_says_that_it_waits_and_takes_what_the_first_made(ask, begin):
+    held = begin(HELD)
+    assert held.stdout.readline() == "loads\n"
+    second, other_rank = begin(AT_ONCE), begin(AT_ONCE, RANK="3")
+    assert any(WAITS in line for line in second.stderr)  # once it does
+    held.communicate("\n", timeout=60)
+    assert held.returncode == 0
     found, loaded = ask()
     assert not loaded
-    out, _ = first.communicate(timeout=60)
-    assert out == f"{found.response_tokens}\n"
+    for process in (second, other_rank):
+        out, error = process.communicate(timeout=60)
+        assert out == f"{found.response_tokens}\n"
+        assert WAITS not in error  # the first rank has said it once, others say nothing
 
 
 def test_a_killed_process_leaves_nothing_in_the_way(ask, begin, place):

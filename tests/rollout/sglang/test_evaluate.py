@@ -26,7 +26,7 @@ def test_killed_and_started_again_no_server_is_asked_twice(two_urls, dense, tmp_
 
     def hold(path: str, count: int, body: dict) -> None:
         if path == "/generate" and count >= AT_ONCE:
-            killed.wait()
+            killed.wait(300)  # not for ever: where the test fails before that, what it started has to end
 
     proxy = Proxy(two_urls[0], hold)
     with proxy.listening() as url:
